@@ -1,0 +1,337 @@
+"""What a user holds: `load()` gives a Classifier, a Classifier gives Predictions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import backends, pruning, ragged
+from .config import ModelConfig, read_config
+from .engine import Engine, Forward
+from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError
+from .pruning import Pruning
+from .ragged import TokenBatch
+from .text import Encoded, TextEncoder, TextOrPair
+from .weights import checkpoint
+from .weights.resolve import resolve
+
+Float32 = NDArray[np.float32]
+Item = str | tuple[str, str] | Mapping[str, str]
+
+# Tokens in one batch. At D = 768 its widest activation (F = 3072) takes 50 MB.
+BATCH_TOKENS = 4096
+# The original scripts run with --max_seq_length 128, and their score is divided by the padded length.
+LTP_SCORE_DENOMINATOR = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one text.
+
+    label: the best one's name. score: its value in `scores`, which holds every label's probability (softmax, or
+    independent sigmoids for multi-label and one-label models) or, for regression, the plain output.
+    logits: the model's outputs. n_tokens: tokens that went in, special tokens included; n_truncated: tokens cut off.
+    kept_tokens: per layer, how many tokens its feed-forward computed; the last layer computes the first token only.
+    executed_flops: of the matrix products really run; dense_flops: of the unpruned, unpadded model, as counted in the
+    paper.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    logits: tuple[float, ...]
+    n_tokens: int
+    n_truncated: int
+    kept_tokens: tuple[int, ...]
+    executed_flops: int
+    dense_flops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        return asdict(self)
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    pruning: str | Path | Mapping[str, Any] | None = "auto",
+    threads: int | None = None,
+) -> Classifier:
+    """Load a sequence classifier from a local folder or by a bundled name (None: the bundled default).
+
+    The folder holds config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids
+    will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
+    None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
+    threads: BLAS threads, set for the whole process; None leaves them alone.
+
+    Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
+    missing tokenizer is an error only when texts are asked for.
+    """
+    backend = backends.choose(device, precision, threads)
+    folder = resolve(name_or_path)
+    config = read_config(folder)
+    chosen = _pruning(folder, config, pruning)
+    engine = Engine(config, checkpoint.load_weights(folder, config), chosen.rule if chosen else None, backend)
+    try:
+        encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
+    except (TokenizerError, DependencyError) as error:
+        encoder = error  # raised when texts are asked for
+    return Classifier(folder, config, engine, chosen, encoder)
+
+
+class Classifier:
+    """A loaded model. Immutable, so that threads may share it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        engine: Engine,
+        pruning: Pruning | None,
+        encoder: TextEncoder | TokenizerError | DependencyError,
+    ):
+        self.folder, self.config, self.pruning = folder, config, pruning
+        self._engine, self._encoder = engine, encoder
+
+    @property
+    def classes_(self) -> NDArray[np.str_]:
+        """Label names in the order of the outputs, (labels,)."""
+        return np.array(self.config.labels)
+
+    @property
+    def backend(self) -> backends.Backend:
+        """The kernels, device, precision and threads in use."""
+        return self._engine.backend
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input in tokens, special tokens included; longer texts are cut and say so in `n_truncated`."""
+        return self._text_encoder().max_tokens
+
+    def with_pruning(self, pruning: str | Path | Mapping[str, Any] | None) -> Classifier:
+        """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is."""
+        chosen = _pruning(self.folder, self.config, pruning)
+        engine = self._engine.with_rule(chosen.rule if chosen else None)
+        return Classifier(self.folder, self.config, engine, chosen, self._encoder)
+
+    def predict(
+        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+    ) -> list[Prediction]:
+        """Classify texts, pairs `(a, b)` or `{"text": a, "text_pair": b}`, in any iterable; a list in the same order.
+
+        batch_tokens bounds the tokens of one batch (longer texts go alone). With 1 every text runs by itself, and its
+        logits are bit for bit independent of the others. progress: a bar on stderr.
+        Raises InputError for anything that is not a text or a pair, TokenizerError if the model has no tokenizer.
+        """
+        items = _items(texts)
+        predictions: list[Prediction | None] = [None] * len(items)
+        for indices, encoded, result in self._batches(items, batch_tokens, progress):
+            scores = self._activated(result.logits)
+            for row, index in enumerate(indices):
+                predictions[index] = self._prediction(result, row, scores[row], encoded[row])
+        return [prediction for prediction in predictions if prediction is not None]
+
+    def predict_proba(
+        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+    ) -> Float32:
+        """The scores of every label, (texts, labels) float32, columns as in `classes_`."""
+        return self._activated(self.logits(texts, batch_tokens=batch_tokens, progress=progress))
+
+    def logits(
+        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+    ) -> Float32:
+        """The model's outputs before any activation, (texts, labels) float32."""
+        items = _items(texts)
+        out = np.zeros((len(items), len(self.config.labels)), np.float32)
+        for indices, _, result in self._batches(items, batch_tokens, progress):
+            out[indices] = result.logits
+        return out
+
+    def forward(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        segment_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        trace: bool = False,
+    ) -> Forward:
+        """Run the model on B sequences of token ids as one batch, without padding.
+
+        token_ids: non-empty sequences with their special tokens; segment_ids: of the same lengths, zeros if None.
+        With trace every layer evaluates its pruning rule (no last-layer shortcut) and the record also holds
+        attention_lengths, ffn_lengths and counted_flops. Raises InputError naming the sequence that cannot be run.
+        """
+        if segment_ids is not None and len(segment_ids) != len(token_ids):
+            raise InputError(f"{len(token_ids)} token id sequences but {len(segment_ids)} segment id sequences")
+        ids = [self._checked(at, "token", row, self.config.vocabulary) for at, row in enumerate(token_ids)]
+        segments = [np.zeros(len(row), np.int32) for row in ids]
+        if segment_ids is not None:
+            rows = max(self.config.segments, 1)  # a family without segments still has the one segment 0
+            segments = [self._checked(at, "segment", row, rows) for at, row in enumerate(segment_ids)]
+        for at, (tokens, kinds) in enumerate(zip(ids, segments, strict=True)):
+            if len(tokens) != len(kinds):
+                raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
+        return self._run(ids, segments, trace=trace)
+
+    def encode(self, texts: Item | Iterable[Item]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segment ids of texts or pairs, as `forward` takes them."""
+        encoded = self._text_encoder().encode(_items(texts))
+        return [item.ids.tolist() for item in encoded], [item.segments.tolist() for item in encoded]
+
+    def _checked(self, at: int, kind: str, values: Sequence[int], rows: int) -> NDArray[np.int32]:
+        array = np.asarray(values)
+        if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(
+                f"sequence {at}: {kind} ids must be a non-empty sequence of integers, found {values!r:.80}"
+            )
+        if len(array) > self.config.max_tokens:
+            raise InputError(f"sequence {at} has {len(array)} {kind} ids; the model holds {self.config.max_tokens}")
+        outside = array[(array < 0) | (array >= rows)]
+        if len(outside):
+            raise InputError(f"sequence {at}: {kind} id {outside[0]} has no row; the model has rows 0 to {rows - 1}")
+        return array.astype(np.int32)
+
+    def _run(
+        self, ids: Sequence[NDArray[np.int32]], segments: Sequence[NDArray[np.int32]], *, trace: bool = False
+    ) -> Forward:
+        config = self.config
+        empty = [np.zeros(0, np.int32)]
+        positions = [
+            ragged.positions(row, offset=config.position_offset, pad_token_id=config.pad_token_id) for row in ids
+        ]
+        batch = TokenBatch(
+            np.concatenate([*empty, *ids]),
+            np.concatenate([*empty, *positions]),
+            np.concatenate([*empty, *segments]),
+            ragged.boundaries([len(row) for row in ids]),
+        )
+        return self._engine.run(batch, trace=trace)
+
+    def _text_encoder(self) -> TextEncoder:
+        if isinstance(self._encoder, TextEncoder):
+            return self._encoder
+        raise self._encoder
+
+    def _batches(
+        self, items: list[TextOrPair], batch_tokens: int, progress: bool
+    ) -> Iterator[tuple[list[int], list[Encoded], Forward]]:
+        """Every item once, in batches of similar length: (places in items, their encodings, the result)."""
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise InputError(f"batch_tokens must be a positive integer, found {batch_tokens!r}")
+        encoded = self._text_encoder().encode(items)
+        with _progress_bar(len(items), progress) as bar:
+            for indices in _by_length([len(item.ids) for item in encoded], batch_tokens):
+                members = [encoded[index] for index in indices]
+                yield indices, members, self._run([m.ids for m in members], [m.segments for m in members])
+                bar.update(len(indices))
+
+    def _activated(self, logits: Float32) -> Float32:
+        """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""
+        if self.config.problem_type == "regression":
+            return logits
+        if self.config.problem_type == "multi_label_classification" or len(self.config.labels) == 1:
+            return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)  # the sigmoid, without overflow
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+        return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def _prediction(self, result: Forward, row: int, scores: Float32, encoded: Encoded) -> Prediction:
+        best = int(scores.argmax())
+        named = dict(zip(self.config.labels, scores.tolist(), strict=True))
+        return Prediction(
+            label=self.config.labels[best],
+            score=float(scores[best]),
+            scores=named,
+            logits=tuple(result.logits[row].tolist()),
+            n_tokens=len(encoded.ids),
+            n_truncated=encoded.n_truncated,
+            kept_tokens=tuple(result.kept_tokens[:, row].tolist()),
+            executed_flops=int(result.executed_flops[row]),
+            dense_flops=int(result.dense_flops[row]),
+        )
+
+
+def _pruning(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
+    """The pruning that `load(pruning=wanted)` means for this folder."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, Mapping):
+        return pruning.overridden(
+            _stored_pruning(folder, config, warn="score_denominator" not in wanted), wanted, config.layers
+        )
+    if wanted == "auto":
+        return _stored_pruning(folder, config, warn=True)
+    if isinstance(wanted, (str, Path)):
+        return pruning.read_pruning(Path(wanted), config.layers)
+    raise PruningError(f'pruning must be "auto", None, a path or a dict, found {wanted!r}')
+
+
+def _stored_pruning(folder: Path, config: ModelConfig, warn: bool) -> Pruning | None:
+    """What ltp.json says, else what an LTP checkpoint carries in config.json and its offsets, else None."""
+    if (folder / pruning.FILE_NAME).is_file():
+        return pruning.read_pruning(folder, config.layers)
+    if config.ltp is None:
+        return None
+    if warn and config.ltp.prune_mode == "absolute_threshold":
+        message = (
+            f"{folder}: LTP checkpoints do not record the padded length that their score is divided by; taking "
+            f"{LTP_SCORE_DENOMINATOR}. Say otherwise with pruning={{'score_denominator': ...}}"
+        )
+        warnings.warn(message, MinilptWarning, stacklevel=4)
+    offsets = checkpoint.read_ltp_offsets(folder, config.layers)
+    return pruning.from_ltp_checkpoint(config.ltp, offsets, LTP_SCORE_DENOMINATOR)
+
+
+def _items(texts: Item | Iterable[Item]) -> list[TextOrPair]:
+    """One entry per text; a bare string or dict is one. Raises InputError for what is neither text nor pair."""
+    if isinstance(texts, (str, Mapping)):
+        texts = [texts]
+    if isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(part, str) for part in texts):
+        raise InputError("a bare tuple of two strings is ambiguous: write [(a, b)] for one pair, [a, b] for two texts")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts must be a string, a dict or an iterable of texts, found {type(texts).__name__}")
+    return [_item(index, item) for index, item in enumerate(texts)]
+
+
+def _item(index: int, item: object) -> TextOrPair:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
+        return item
+    if isinstance(item, Mapping) and _is_text_record(item):
+        return (item["text"], item["text_pair"]) if "text_pair" in item else item["text"]
+    raise InputError(
+        f'text {index} must be a string, a tuple (a, b) of two strings, or {{"text": a, "text_pair": b}}, '
+        f"found {type(item).__name__} {item!r:.80}"
+    )
+
+
+def _is_text_record(item: Mapping[Any, Any]) -> bool:
+    return set(item) in ({"text"}, {"text", "text_pair"}) and all(isinstance(part, str) for part in item.values())
+
+
+def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of the sequences, longest first, in batches of at most batch_tokens tokens (one sequence at least)."""
+    batch: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and total + lengths[index] > batch_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += lengths[index]
+    if batch:
+        yield batch
+
+
+def _progress_bar(total: int, wanted: bool) -> Any:
+    """A tqdm bar on stderr, silent unless wanted."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="text", disable=not wanted)

@@ -1,0 +1,249 @@
+"""The command line: `minilpt predict | models | info | eval`.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from . import __version__, backends, records
+from .api import BATCH_TOKENS, Classifier, Prediction, load
+from .errors import InputError, MinilptError
+from .evaluate import TASKS, evaluate, machine, read_examples
+from .text import TextOrPair
+from .weights.resolve import DEFAULT, bundled_names
+
+# Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
+CHUNK = 2048
+MAX_FIELD_BYTES = 1 << 30  # of a CSV field; the csv module's own default is 128 KiB
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except MinilptError as error:
+        print(f"minilpt: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minilpt", description="BERT-family text classifiers without torch.")
+    parser.add_argument("--version", action="version", version=f"minilpt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="classify texts")
+    predict.add_argument("texts", nargs="*", metavar="TEXT")
+    predict.add_argument("--input", metavar="FILE", help="classify the rows of a file instead; - is standard input")
+    predict.add_argument("--input-format", choices=records.FORMATS, help="default: by the file's ending, else lines")
+    predict.add_argument("--text-column", default="text", metavar="NAME", help="in JSONL, CSV and TSV (default: text)")
+    predict.add_argument("--pair-column", metavar="NAME", help="the second text of a pair")
+    predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
+    predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
+    predict.add_argument("--progress", action="store_true", help="a progress bar on stderr")
+    _add_model_options(predict)
+    predict.set_defaults(run=_predict)
+
+    commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
+
+    info = commands.add_parser("info", help="show versions, backends and a model's facts, as JSON")
+    _add_model_options(info)
+    info.set_defaults(run=_info)
+
+    evaluation = commands.add_parser("eval", help="a task's metrics, FLOPs and time, dense beside pruned")
+    evaluation.add_argument("task", choices=sorted(TASKS), metavar="TASK", help=", ".join(sorted(TASKS)))
+    evaluation.add_argument("--data", required=True, metavar="FILE", help="a GLUE-style TSV, CSV or JSONL file")
+    evaluation.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed runs of each variant")
+    evaluation.add_argument("--format", choices=("json", "table"), default="table", help="of the output")
+    evaluation.add_argument("--out", metavar="FILE", help="also write the JSON record to this file")
+    _add_model_options(evaluation)
+    evaluation.set_defaults(run=_eval)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
+    parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="BLAS threads")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive integer was expected, found {text!r}")
+    return int(text)
+
+
+def _load(options: argparse.Namespace) -> Classifier:
+    pruning = None if options.pruning == "off" else options.pruning
+    return load(options.model, pruning=pruning, threads=options.threads)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if bool(options.texts) == (options.input is not None):
+        raise InputError("give texts or --input FILE, one of the two")
+    model = _load(options)
+    write = _write_table if options.format == "table" else _write_jsonl
+    with _texts(options) as texts:
+        first = True
+        while chunk := list(islice(texts, CHUNK)):
+            predictions = model.predict(chunk, batch_tokens=options.batch_tokens, progress=options.progress)
+            write(chunk, predictions, header=first)
+            sys.stdout.flush()
+            first = False
+
+
+@contextmanager
+def _texts(options: argparse.Namespace) -> Iterator[Iterator[TextOrPair]]:
+    """The texts to classify, read as they are needed."""
+    if options.input is None:
+        yield iter(options.texts)
+        return
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    kind = options.input_format or records.format_of(options.input)
+    name = "standard input" if options.input == "-" else options.input
+    with _opened(options.input) as lines:
+        yield (
+            records.text_of(place, row, options.text_column, options.pair_column)
+            for place, row in records.rows(lines, kind, name)
+        )
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        sys.stdin.reconfigure(encoding="utf-8-sig", newline="")  # type: ignore[union-attr]
+        yield sys.stdin
+        return
+    try:
+        file = open(path, encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def _write_jsonl(texts: Sequence[TextOrPair], predictions: Sequence[Prediction], header: bool) -> None:
+    for prediction in predictions:
+        print(json.dumps(prediction.to_dict(), ensure_ascii=False))
+
+
+def _write_table(texts: Sequence[TextOrPair], predictions: Sequence[Prediction], header: bool) -> None:
+    width = max([5, *(len(prediction.label) for prediction in predictions)])
+    if header:
+        print(f"{'label':<{width}}  score  tokens  kept per layer      FLOPs  text")
+    for text, prediction in zip(texts, predictions, strict=True):
+        kept = " ".join(str(count) for count in prediction.kept_tokens)
+        share = prediction.executed_flops / prediction.dense_flops
+        shown = text if isinstance(text, str) else " | ".join(text)
+        print(
+            f"{prediction.label:<{width}}  {prediction.score:.3f}  {prediction.n_tokens:>6}  {kept:<18}  {share:>4.0%}"
+            f"  {' '.join(shown.split())}"
+        )
+
+
+def _models(options: argparse.Namespace) -> None:
+    for name in bundled_names():
+        print(name)
+
+
+def _info(options: argparse.Namespace) -> None:
+    model = _load(options)
+    config, backend = model.config, model.backend
+    facts: dict[str, Any] = {
+        "minilpt": __version__,
+        "machine": machine(),
+        "backend": {
+            "name": backend.name,
+            "device": backend.device,
+            "precision": backend.precision,
+            "blas_threads": backend.threads,
+            "unavailable": backends.UNAVAILABLE,
+        },
+        "bundled": bundled_names(),
+        "model": {
+            "folder": str(model.folder),
+            "model_type": config.model_type,
+            "layers": config.layers,
+            "heads": config.heads,
+            "width": config.width,
+            "inner": config.inner,
+            "max_tokens": config.max_tokens,
+            "labels": list(config.labels),
+            "problem_type": config.problem_type,
+            "pruning": model.pruning.to_json() if model.pruning else None,
+        },
+    }
+    print(json.dumps(facts, indent=2))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    task = TASKS[options.task]
+    examples = read_examples(Path(options.data), task)
+    model = _load(options)
+    result = evaluate(model, examples, task, repeats=options.repeats)
+    record = {
+        "task": options.task,
+        "data": Path(options.data).name,
+        "model": options.model or DEFAULT,
+        "machine": machine() | {"blas_threads": model.backend.threads},
+        **result,
+    }
+    if options.out:
+        _write_whole(Path(options.out), json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2) if options.format == "json" else _eval_table(record))
+
+
+def _write_whole(path: Path, content: str) -> None:
+    """Write to a temporary neighbour, then rename: the file is there whole or as it was."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _eval_table(record: dict[str, Any]) -> str:
+    """One row per variant, then the ratio of the times."""
+    metrics = TASKS[record["task"]].metrics
+    head = ["", *metrics, "GFLOPs counted", "executed", "of dense", "seconds", "live tokens after each layer"]
+    table = [head]
+    for name, row in record["variants"].items():
+        kept = " ".join(f"{count:.1f}" for count in row["kept_tokens"])
+        table.append(
+            [
+                name,
+                *(f"{row[metric]:.2f}" for metric in metrics),
+                f"{row['gflops_counted']:.4f}",
+                f"{row['gflops_executed']:.4f}",
+                f"{row['relative_flops_counted']:.3f}",
+                f"{row['seconds']:.2f}",
+                kept,
+            ]
+        )
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    if "speedup" in record:
+        ratio = record["speedup"]
+        lines.append(
+            f"time dense / pruned: median {ratio['median']:.2f}, from {ratio['min']:.2f} to {ratio['max']:.2f}"
+        )
+    lines.append(f"{record['texts']} texts; FLOPs are means per text, 'of dense' is the counted ratio")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""One family of exceptions. Each message says what was wanted, what was found, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MinilptError(Exception):
+    """Base of every error that minilpt raises on purpose."""
+
+
+class UnknownModelError(MinilptError, LookupError):
+    """A name that is neither a folder nor a bundled model."""
+
+
+class ModelFileError(MinilptError):
+    """A file of a model folder is missing, damaged, hostile, or of a kind that is never opened."""
+
+
+class UnsupportedModelError(MinilptError):
+    """config.json asks for mathematics that minilpt does not run."""
+
+
+class WeightsError(MinilptError):
+    """Tensors are missing, unexpected, doubled, or of the wrong shape or dtype."""
+
+
+class PruningError(MinilptError, ValueError):
+    """ltp.json or the `pruning=` argument is not valid for this model."""
+
+
+class InputError(MinilptError, ValueError):
+    """A text, a pair or a token id sequence that the model cannot take."""
+
+
+class TokenizerError(MinilptError):
+    """The folder holds no tokenizer, or one that cannot be read."""
+
+
+class BackendError(MinilptError):
+    """The device or precision asked for is not available here."""
+
+
+class DependencyError(MinilptError, ImportError):
+    """An optional package is not installed."""
+
+
+class MinilptWarning(UserWarning):
+    """Category of every warning that minilpt gives."""

@@ -1,0 +1,223 @@
+"""Task metrics, counted FLOPs and wall time of a model, dense beside pruned, on a GLUE-style file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import records
+from .api import Classifier
+from .backends import usable_cores
+from .errors import DependencyError, InputError
+from .text import TextOrPair
+
+Values = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Columns and metrics of one GLUE task. labels: the class names in GLUE's numbering, empty for regression."""
+
+    text: str
+    pair: str | None
+    label: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text or pair with its label as the file writes it."""
+
+    text: TextOrPair
+    label: Any
+    place: str
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+TASKS: Mapping[str, Task] = {
+    "cola": Task("sentence", None, "label", ("unacceptable", "acceptable"), ("matthews",)),
+    "mnli": Task("premise", "hypothesis", "label", ("entailment", "neutral", "contradiction"), ("accuracy",)),
+    "mrpc": Task("#1 String", "#2 String", "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qnli": Task("question", "sentence", "label", _ENTAILMENT, ("accuracy",)),
+    "qqp": Task("question1", "question2", "label", ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "rte": Task("sentence1", "sentence2", "label", _ENTAILMENT, ("accuracy",)),
+    "sst-2": Task("sentence", None, "label", ("negative", "positive"), ("accuracy",)),
+    "sts-b": Task("sentence1", "sentence2", "score", (), ("pearson", "spearman")),
+}
+
+
+def read_examples(path: Path, task: Task) -> list[Example]:
+    """All rows of a TSV, CSV or JSONL file with the task's columns. Raises InputError naming the line at fault."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [
+                Example(
+                    records.text_of(place, row, task.text, task.pair), records.value_of(place, row, task.label), place
+                )
+                for place, row in records.rows(file, records.format_of(path.name), str(path))
+            ]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def gold(examples: Sequence[Example], task: Task, classes: Sequence[str]) -> Values:
+    """Class indices in the model's own order, or scores for regression, (examples,) float64.
+
+    A label is a class name or GLUE's number of one. Where the model's names are GLUE's (in any case and order) names
+    decide; otherwise the model is taken to number its classes as GLUE does. Raises InputError for any other label.
+    """
+    if not task.labels:
+        return np.array([_number(example) for example in examples])
+    if len(classes) != len(task.labels):
+        raise InputError(f"the task has the classes {', '.join(task.labels)}; the model has {', '.join(classes)}")
+    own = [name.lower() for name in classes]
+    same_names = sorted(own) == sorted(task.labels)
+    places = [own.index(name) if same_names else index for index, name in enumerate(task.labels)]
+    numbered = {str(index): place for index, place in enumerate(places)}
+    named = dict(zip(task.labels, places, strict=True))
+    known = numbered | named
+    for example in examples:
+        if str(example.label).lower() not in known:
+            raise InputError(f"{example.place}: label {example.label!r} is not one of {', '.join(known)}")
+    return np.array([known[str(example.label).lower()] for example in examples], np.float64)
+
+
+def _number(example: Example) -> float:
+    try:
+        return float(example.label)
+    except (TypeError, ValueError):
+        raise InputError(f"{example.place}: label {example.label!r} is not a number") from None
+
+
+def accuracy(predicted: Values, wanted: Values) -> float:
+    """Percent of equal entries."""
+    return float(100 * (predicted == wanted).mean())
+
+
+def f1(predicted: Values, wanted: Values) -> float:
+    """F1 of class 1, in percent; 0 where neither side holds one."""
+    both = ((predicted == 1) & (wanted == 1)).sum()
+    total = (predicted == 1).sum() + (wanted == 1).sum()
+    return float(200 * both / total) if total else 0.0
+
+
+def matthews(predicted: Values, wanted: Values) -> float:
+    """Matthews correlation of two binary labellings, in percent; 0 where one side is constant."""
+    if predicted.std() == 0 or wanted.std() == 0:
+        return 0.0
+    return float(100 * np.corrcoef(predicted, wanted)[0, 1])
+
+
+def pearson(predicted: Values, wanted: Values) -> float:
+    """Pearson correlation, in percent."""
+    return float(100 * _scipy_stats().pearsonr(predicted, wanted).statistic)
+
+
+def spearman(predicted: Values, wanted: Values) -> float:
+    """Spearman rank correlation, in percent."""
+    return float(100 * _scipy_stats().spearmanr(predicted, wanted).statistic)
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError:
+        raise DependencyError("correlations need scipy: pip install 'minilpt[eval]'") from None
+    return stats
+
+
+METRICS: Mapping[str, Callable[[Values, Values], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def evaluate(model: Classifier, examples: Sequence[Example], task: Task, *, repeats: int = 3) -> dict[str, Any]:
+    """Metrics, FLOPs and seconds of the model without and with its pruning, as one JSON-ready record.
+
+    Both variants classify all texts `repeats` times in turn after one warm-up; their seconds (tokenisation included)
+    are medians, and `speedup` holds the median, smallest and largest ratio of the pairs. Counted FLOPs follow Table I
+    of the paper: rules evaluated in every layer, against the dense model without padding. A model without pruning has
+    the dense variant only.
+    """
+    if not examples:
+        raise InputError("there is nothing to evaluate: the file holds no rows")
+    wanted = gold(examples, task, model.config.labels)
+    texts = [example.text for example in examples]
+    variants = {"dense": model.with_pruning(None)} | ({"pruned": model} if model.pruning else {})
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    logits = {name: variant.logits(texts) for name, variant in variants.items()}  # warms up
+    for _ in range(repeats):
+        for name, variant in variants.items():
+            began = time.perf_counter()
+            variant.logits(texts)
+            seconds[name].append(time.perf_counter() - began)
+    report: dict[str, Any] = {"texts": len(texts), "variants": {}}
+    for name, variant in variants.items():
+        scores = {metric: METRICS[metric](_answers(logits[name], task), wanted) for metric in task.metrics}
+        report["variants"][name] = scores | _costs(variant, texts) | {"seconds": statistics.median(seconds[name])}
+    if model.pruning:
+        ratios = [dense / pruned for dense, pruned in zip(seconds["dense"], seconds["pruned"], strict=True)]
+        report["speedup"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return report
+
+
+def _answers(logits: Values, task: Task) -> Values:
+    return logits.argmax(axis=1).astype(np.float64) if task.labels else logits[:, 0].astype(np.float64)
+
+
+def _costs(model: Classifier, texts: Sequence[TextOrPair]) -> dict[str, Any]:
+    """Mean GFLOPs per text and mean live tokens after each layer, from a traced pass over all texts."""
+    ids, segments = model.encode(texts)
+    counted = executed = dense = 0
+    kept = np.zeros(model.config.layers)
+    for start in range(0, len(ids), 64):
+        part = slice(start, start + 64)
+        traced = model.forward(ids[part], segments[part], trace=True)
+        run = model.forward(ids[part], segments[part])
+        assert traced.counted_flops is not None and traced.ffn_lengths is not None
+        counted += int(traced.counted_flops.sum())
+        executed += int(run.executed_flops.sum())
+        dense += int(run.dense_flops.sum())
+        kept += traced.ffn_lengths.sum(axis=1)
+    return {
+        "gflops_counted": counted / len(ids) / 1e9,
+        "gflops_executed": executed / len(ids) / 1e9,
+        "relative_flops_counted": counted / dense,
+        "relative_flops_executed": executed / dense,
+        "tokens": sum(len(row) for row in ids) / len(ids),
+        "kept_tokens": (kept / len(ids)).tolist(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a result was obtained: date, processor, cores, versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    packages = ("minilpt", "numpy", "tokenizers", "safetensors")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor,
+        "cores": usable_cores(),
+        "cores_of_machine": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+    }

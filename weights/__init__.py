@@ -1,0 +1,1 @@
+"""Weights on disk: safetensors files, checkpoint names, bundled models, training recipes."""

@@ -1,0 +1,194 @@
+"""Safetensors checkpoints: headers checked against the model before any data is read, then tensors widened to float32.
+
+The safetensors package validates each header (length, offsets, overlaps, sizes, dtypes). No other format is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import ModelConfig, read_json
+from ..errors import ModelFileError, WeightsError
+from . import names
+
+Float32 = NDArray[np.float32]
+FLOATS = ("F32", "F16", "BF16")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "pytorch_model.pt", "pytorch_model.bin.index.json")
+SCALE_SUFFIX = "_scale"  # `X.weight` as int8 rows goes with `X.weight_scale`, one float32 per row
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor's header entry. begin_bytes counts from the start of the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin_bytes: int
+
+    def read(self) -> NDArray:
+        """The tensor as stored; bfloat16 comes as its uint16 bit pattern."""
+        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[self.dtype]
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return np.fromfile(self.path, dtype, count, offset=self.begin_bytes).reshape(self.shape)
+
+    def widened(self) -> Float32:
+        """The tensor as float32, exactly: every float16 and bfloat16 value is a float32 value."""
+        raw = self.read()
+        if self.dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32, copy=False)
+
+
+def load_weights(folder: Path, config: ModelConfig) -> dict[str, Float32]:
+    """All tensors that the model reads, float32, by our names.
+
+    Raises ModelFileError for missing, damaged or pickled files and WeightsError for tensors that are missing,
+    unexpected, doubled, or of the wrong shape or dtype; all of it before the first tensor is read.
+    """
+    stored = _by_normalised_name(read_headers(folder), config.family)
+    wanted = names.checkpoint_names(config)
+    shapes = names.expected_shapes(config)
+    _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family)
+    return {ours: _read(stored, theirs) for ours, theirs in wanted.items()}
+
+
+def read_ltp_offsets(folder: Path, layers: int) -> list[np.float32]:
+    """The learned threshold offset of each layer in a checkpoint of the LTP code; zeros where none is stored."""
+    stored = _by_normalised_name(read_headers(folder), "ibert")
+    offsets = []
+    for layer in range(layers):
+        entry = stored.get(names.LTP_OFFSET.format(layer))
+        if entry is not None and (entry.dtype not in FLOATS or entry.shape not in ((), (1,))):
+            raise WeightsError(f"{entry.path}: {entry.name} must be one number, found {entry.dtype} {entry.shape}")
+        offsets.append(np.float32(0) if entry is None else np.float32(entry.widened().reshape(())))
+    return offsets
+
+
+def read_headers(folder: Path) -> list[Stored]:
+    """Header entries of all tensors in the folder's checkpoint, sharded or not."""
+    if (folder / SINGLE).is_file():
+        return _read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    for name in PICKLES:
+        if (folder / name).exists():
+            raise ModelFileError(
+                f"{folder / name}: a pickle can run code, so minilpt never opens one. Convert it where torch is "
+                f"installed: load the model with transformers and call save_pretrained(..., safe_serialization=True)"
+            )
+    raise ModelFileError(f"{folder}: neither {SINGLE} nor {INDEX} is there; a model folder needs one of them")
+
+
+def _read_shards(folder: Path) -> list[Stored]:
+    index_path = folder / INDEX
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
+    for shard in sorted(set(weight_map.values())):
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
+    entries = [entry for shard in sorted(set(weight_map.values())) for entry in _read_header(folder / shard)]
+    found = {entry.name: entry.path.name for entry in entries}
+    wrong = sorted(name for name, shard in weight_map.items() if found.get(name) != shard)
+    if wrong:
+        raise ModelFileError(f"{index_path}: not in the shard that weight_map names: {_listed(wrong)}")
+    return entries
+
+
+def _read_header(path: Path) -> list[Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass  # opening validates: lengths, offsets, overlaps, sizes, dtypes
+        with open(path, "rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path}: not a sound safetensors file: {error}; fetch it again") from None
+    return [
+        Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _by_normalised_name(entries: list[Stored], family: str) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    for entry in entries:
+        name = names.normalise(entry.name, family)
+        if name in stored:
+            raise WeightsError(f"{entry.path}: {entry.name} and {stored[name].name} are the same tensor, {name}")
+        stored[name] = entry
+    return stored
+
+
+def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, names.Shape], family: str) -> None:
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise WeightsError(
+            f"{folder}: {len(missing)} tensors of this {family} classifier are missing: {_listed(missing)}. "
+            f"minilpt never makes up weights: use a checkpoint fine-tuned for sequence classification"
+        )
+    scales = {name + SCALE_SUFFIX for name in wanted if stored[name].dtype == "I8"}
+    extra = [name for name in stored if name not in wanted and name not in scales]
+    unexpected = [stored[name].name for name in extra if not names.is_unused(name, family)]
+    if unexpected:
+        raise WeightsError(
+            f"{folder}: {len(unexpected)} tensors have no place in this {family} classifier: {_listed(unexpected)}. "
+            f"Is config.json the right one for these weights?"
+        )
+    for name, shape in wanted.items():
+        _check_tensor(stored, name, shape)
+
+
+def _check_tensor(stored: Mapping[str, Stored], name: str, shape: names.Shape) -> None:
+    entry = stored[name]
+    if entry.shape != shape:
+        raise WeightsError(f"{entry.path}: {entry.name} has shape {entry.shape}; config.json asks for {shape}")
+    if entry.dtype in FLOATS:
+        return
+    scale = stored.get(name + SCALE_SUFFIX)
+    if entry.dtype != "I8" or len(shape) != 2:
+        raise WeightsError(
+            f"{entry.path}: {entry.name} has dtype {entry.dtype}; wanted {', '.join(FLOATS)}, or I8 rows"
+        )
+    if scale is None or scale.dtype != "F32" or scale.shape != shape[:1]:
+        raise WeightsError(f"{entry.path}: {entry.name} is I8 and needs {name + SCALE_SUFFIX}, F32, shape {shape[:1]}")
+
+
+def _read(stored: Mapping[str, Stored], name: str) -> Float32:
+    entry = stored[name]
+    if entry.dtype == "I8":
+        return dequantize_rows(entry.read(), stored[name + SCALE_SUFFIX].widened())
+    return entry.widened()
+
+
+def quantize_rows(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
+    """Symmetric int8 per row, for storage: ((M, K) int8 in [-127, 127], (M,) float32 scales).
+
+    The error of each element is at most half its row's scale, max|row| / 254.
+    """
+    largest = np.abs(weight).max(axis=1)
+    scale = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+
+
+def dequantize_rows(quantized: NDArray[np.int8], scale: Float32) -> Float32:
+    """(M, K) float32 from int8 rows and their (M,) scales."""
+    return quantized.astype(np.float32) * scale[:, None]
+
+
+def _listed(items: list[str], most: int = 8) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(sorted(items)[:most]) + more

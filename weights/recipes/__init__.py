@@ -1,0 +1,1 @@
+"""Training programs. They need torch (extra `train`) and are never imported by the engine."""

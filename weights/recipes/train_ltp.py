@@ -1,0 +1,306 @@
+"""Fine-tune a BERT encoder on a GLUE-style classification file, then learn LTP thresholds.
+
+    python -m minilpt.weights.recipes.train_ltp --base MODEL_DIR --data SST-2_DIR --run RUN_DIR
+
+Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR and logged to RUN_DIR/log.jsonl:
+`dense` fine-tunes; `soft` learns thresholds and weights under soft masks and the penalty
+`lambda * sum_l mean(alive_l)`, and ends when the *hard* rule reaches the FLOPs target on held-out training sentences
+(or after its epochs); `hard` fixes the thresholds and tunes the weights under really removed tokens. `soft` and `hard`
+also learn from the dense model's own outputs (self-distillation). The word table stays as pretrained, and each stage
+ends with an exponential average of its weights. The dev set is reported at the end of each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ltp_bert import Shape, forward, initial_head, relative_flops
+
+MAX_TOKENS = 128  # SST-2's longest sentence has 66
+FROZEN = "bert.embeddings.word_embeddings.weight"  # most dev words are rare in 67,000 phrases
+AVERAGE_DECAY = 0.999  # of the weights, over about one epoch of 1,000 steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage. The learning rates fall linearly to zero after a warm-up of 6 % of the steps."""
+
+    name: str
+    epochs: int
+    learning_rate: float
+    pruning: str  # "none", "soft" or "hard"
+    threshold_learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places in the file."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class Examples:
+    """Tokenised sentences of one TSV file (columns sentence, label) and the batches drawn from them."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        self.texts = [row["sentence"].strip() for row in rows]
+        self.labels = torch.tensor([int(row["label"]) for row in rows])
+        self.ids = [encoding.ids[:MAX_TOKENS] for encoding in tokenizer.encode_batch(self.texts)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: list[int]) -> Batch:
+        """Pad the rows to their longest."""
+        ids = torch.zeros(len(rows), max(len(self.ids[row]) for row in rows), dtype=torch.long)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for at, row in enumerate(rows):
+            ids[at, : len(self.ids[row])] = torch.tensor(self.ids[row])
+            mask[at, : len(self.ids[row])] = True
+        return Batch(ids, mask, self.labels[rows], torch.tensor(rows))
+
+    def by_length(self, rows: list[int], size: int) -> Iterator[Batch]:
+        """Every row once, sorted by length: for evaluation."""
+        rows = sorted(rows, key=lambda row: len(self.ids[row]))
+        return (self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
+
+    def shuffled(self, rows: list[int], size: int, seed: int, pool: int = 64) -> list[list[int]]:
+        """One epoch of shuffled batches; sorting inside pools of 64 batches keeps the padding small."""
+        draw = torch.Generator().manual_seed(seed)
+        order = [rows[at] for at in torch.randperm(len(rows), generator=draw).tolist()]
+        batches: list[list[int]] = []
+        for start in range(0, len(order), size * pool):
+            chunk = sorted(order[start : start + size * pool], key=lambda row: len(self.ids[row]))
+            batches += [chunk[at : at + size] for at in range(0, len(chunk), size)]
+        return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
+
+
+class Trainer:
+    """Parameters, thresholds and the run folder; `run(stage)` continues from wherever the last call stopped."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.folder = Path(options.run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = Path(options.base)
+        config = json.loads((base / "config.json").read_text())
+        self.shape = Shape(
+            config["num_hidden_layers"],
+            config["num_attention_heads"],
+            config["layer_norm_eps"],
+            config["hidden_dropout_prob"],
+        )
+        self.widths = config["hidden_size"], config["intermediate_size"]
+        tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.train = Examples(Path(options.data) / "train.tsv", tokenizer)
+        self.dev = Examples(Path(options.data) / "dev.tsv", tokenizer)
+        # Whole sentences (they end in a full stop) resemble the dev set; the rest of SST-2's train set are phrases.
+        whole = [row for row, text in enumerate(self.train.texts) if text.endswith(".")]
+        draw = torch.Generator().manual_seed(options.seed)
+        self.held_out = [whole[at] for at in torch.randperm(len(whole), generator=draw)[:1000].tolist()]
+        held = {self.train.texts[row] for row in self.held_out}
+        self.rows = [row for row, text in enumerate(self.train.texts) if text not in held]
+        self.params = self._base_parameters(base)
+        self.thresholds = torch.tensor(
+            [options.final_threshold * (layer + 1) / self.shape.layers for layer in range(self.shape.layers)]
+        )
+        self.teacher: Tensor | None = None
+        self.average: dict[str, Tensor] = {}
+
+    def _base_parameters(self, base: Path) -> dict[str, Tensor]:
+        """The encoder's tensors under `bert.`, with a fresh pooler and classifier."""
+        tensors = load_file(base / "model.safetensors")
+        encoder = {
+            f"bert.{name.removeprefix('bert.')}": tensor.float()
+            for name, tensor in tensors.items()
+            if "pooler" not in name and "position_ids" not in name
+        }
+        return encoder | initial_head(self.widths[0], labels=2, seed=self.options.seed)
+
+    def log(self, **record: object) -> None:
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record})
+        print(line, flush=True)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save(self, name: str, **more: object) -> None:
+        """Write a checkpoint whole or not at all."""
+        target = self.folder / f"{name}.pt"
+        torch.save({"params": self.params, "thresholds": self.thresholds, **more}, target.with_suffix(".tmp"))
+        os.replace(target.with_suffix(".tmp"), target)
+
+    def restore(self, name: str) -> dict | None:
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            return None
+        state = torch.load(path, weights_only=True)
+        self.params, self.thresholds = state["params"], state["thresholds"]
+        return state
+
+    def run(self, stage: Stage) -> None:
+        if self.restore(stage.name):
+            return self.log(stage=stage.name, event="already done")
+        batches = [
+            rows
+            for epoch in range(stage.epochs)
+            for rows in self.train.shuffled(self.rows, self.options.batch, self.options.seed * 1000 + epoch)
+        ]
+        state = self.restore(f"{stage.name}-partial")
+        start = state["step"] if state else 0
+        self.average = state["average"] if state else {name: p.clone() for name, p in self._trained().items()}
+        optimizer = self._optimizer(stage)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        began = time.perf_counter()
+        for step in range(start, len(batches)):
+            torch.manual_seed(self.options.seed * 1_000_003 + step)  # dropout repeats after a resume
+            self._set_rates(optimizer, stage, step / len(batches))
+            loss = self._loss(self.train.batch(batches[step]), stage)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._trained().values(), 1.0)
+            optimizer.step()
+            self._update_average(step)
+            if (step + 1) % 100 == 0:
+                seconds = (time.perf_counter() - began) / (step + 1 - start)
+                self.log(stage=stage.name, step=step + 1, of=len(batches), loss=loss.item(), s_per_step=seconds)
+            if (step + 1) % 250 == 0:
+                held = self.evaluate(self.train, self.held_out, stage.pruning != "none")
+                self.log(stage=stage.name, step=step + 1, held_out=held, thresholds=self.thresholds.tolist())
+                self.save(
+                    f"{stage.name}-partial", step=step + 1, average=self.average, optimizer=optimizer.state_dict()
+                )
+                if stage.pruning == "soft" and held["relative_flops"] <= self.options.flops:
+                    break
+        for tensor in (*self.params.values(), self.thresholds):
+            tensor.requires_grad_(False)
+        self.params |= self.average
+        report = self.evaluate(self.dev, list(range(len(self.dev))), stage.pruning != "none")
+        self.log(stage=stage.name, event="done", dev=report, thresholds=self.thresholds.tolist())
+        self.save(stage.name)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.params.items() if name != FROZEN}
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))  # the first steps count less
+        for name, tensor in self._trained().items():
+            self.average[name].lerp_(tensor, 1 - decay)
+
+    def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
+        trained = self._trained().values()
+        for tensor in trained:
+            tensor.requires_grad_(True)
+        decayed = [tensor for tensor in trained if tensor.ndim == 2]
+        plain = [tensor for tensor in trained if tensor.ndim != 2]
+        groups = [
+            {"params": decayed, "weight_decay": 0.01, "peak": stage.learning_rate},
+            {"params": plain, "weight_decay": 0.0, "peak": stage.learning_rate},
+        ]
+        if stage.pruning == "soft":
+            self.thresholds.requires_grad_(True)
+            groups.append({"params": [self.thresholds], "weight_decay": 0.0, "peak": stage.threshold_learning_rate})
+        return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer, stage: Stage, done: float) -> None:
+        """Linear warm-up over the first 6 %, then linear decay; thresholds keep a constant rate."""
+        factor = min(done / 0.06, (1 - done) / 0.94)
+        for group in optimizer.param_groups:
+            is_threshold = group["params"][0] is self.thresholds
+            group["lr"] = group["peak"] * (1.0 if is_threshold else factor)
+
+    def _loss(self, batch: Batch, stage: Stage) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+            logits, alive = forward(
+                self.params,
+                self.shape,
+                batch.ids,
+                batch.mask,
+                thresholds=None if stage.pruning == "none" else self.thresholds,
+                temperature=self.options.temperature if stage.pruning == "soft" else None,
+                train=True,
+            )
+        loss = F.cross_entropy(logits, batch.labels)
+        if stage.pruning != "none":
+            target = torch.softmax(self._teacher_logits()[batch.rows], -1)
+            loss = 0.5 * loss + 0.5 * F.cross_entropy(logits, target)
+        if stage.pruning == "soft":
+            loss = loss + self.options.lambda_ * alive[:, batch.mask].mean(1).sum()
+        return loss
+
+    def _teacher_logits(self) -> Tensor:
+        """The dense stage's logits on the whole training file, (rows, labels); computed once per run."""
+        if self.teacher is None:
+            path = self.folder / "teacher.pt"
+            if not path.exists():
+                dense = torch.load(self.folder / "dense.pt", weights_only=True)["params"]
+                logits = torch.zeros(len(self.train), 2)
+                with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+                    for batch in self.train.by_length(list(range(len(self.train))), 256):
+                        logits[batch.rows] = forward(dense, self.shape, batch.ids, batch.mask)[0]
+                torch.save(logits, path)
+            self.teacher = torch.load(path, weights_only=True)
+        return self.teacher
+
+    @torch.no_grad()
+    def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
+        """Accuracy and counted FLOPs of the hard rule (or of the dense model), in fp32."""
+        right = macs = dense_macs = 0.0
+        for batch in examples.by_length(rows, 128):
+            thresholds = self.thresholds if pruned else None
+            logits, alive = forward(self.params, self.shape, batch.ids, batch.mask, thresholds=thresholds)
+            right += (logits.argmax(1) == batch.labels).sum().item()
+            counted, dense = relative_flops(alive, batch.mask, *self.widths)
+            macs, dense_macs = macs + counted, dense_macs + dense
+        return {"accuracy": 100 * right / len(rows), "relative_flops": macs / dense_macs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
+    parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
+    parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
+    parser.add_argument("--flops", type=float, default=0.48, help="relative FLOPs at which the soft stage ends")
+    parser.add_argument(
+        "--lambda", dest="lambda_", type=float, default=0.1, help="weight of the penalty on alive tokens"
+    )
+    parser.add_argument("--temperature", type=float, default=2e-3, help="of the soft rule's sigmoid")
+    parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(3, 1, 2), metavar="N", help="dense, soft, hard")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    trainer = Trainer(options)
+    trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
+    dense, soft, hard = options.epochs
+    trainer.run(Stage("dense", dense, 5e-5, "none"))
+    trainer.run(Stage("soft", soft, 2e-5, "soft", threshold_learning_rate=1e-4))
+    trainer.run(Stage("hard", hard, 3e-5, "hard"))
+
+
+if __name__ == "__main__":
+    main()
