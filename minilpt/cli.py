@@ -132,7 +132,7 @@ def _opened(path: str) -> Iterator[TextIO]:
         yield sys.stdin
         return
     try:
-        file = open(path, encoding="utf-8-sig", newline="")
+        file = Path(path).open(encoding="utf-8-sig", newline="")  # noqa: SIM115 - closed below
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     with file:

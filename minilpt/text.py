@@ -49,7 +49,8 @@ class TextEncoder:
     def from_folder(cls, folder: Path, config: ModelConfig) -> TextEncoder:
         """Build from tokenizer.json, else vocab.txt, else vocab.json + merges.txt.
 
-        The settings of tokenizer_config.json apply to each. Raises TokenizerError if none is there or one cannot be read.
+        The settings of tokenizer_config.json apply to each. Raises TokenizerError if none is there, or it cannot be
+        read.
         """
         settings_path = folder / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.is_file() else {}

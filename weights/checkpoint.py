@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Stored:
     shape: tuple[int, ...]
     begin_bytes: int
 
-    def read(self) -> NDArray:
+    def read(self) -> NDArray[Any]:
         """The tensor as stored; bfloat16 comes as its uint16 bit pattern."""
         dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[self.dtype]
         count = int(np.prod(self.shape, dtype=np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ def save_weights(folder: Path, tensors: Mapping[str, NDArray[np.float32]], *, in
     """
     from safetensors.numpy import save_file
 
-    stored: dict[str, NDArray] = {}
+    stored: dict[str, NDArray[Any]] = {}
     for name, tensor in tensors.items():
         if int8_rows and tensor.ndim == 2:
             stored[name], stored[name + SCALE_SUFFIX] = quantize_rows(tensor)

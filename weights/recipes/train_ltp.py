@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -149,7 +150,7 @@ class Trainer:
         torch.save({"params": self.params, "thresholds": self.thresholds, **more}, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
 
-    def restore(self, name: str) -> dict | None:
+    def restore(self, name: str) -> dict[str, Any] | None:
         path = self.folder / f"{name}.pt"
         if not path.exists():
             return None
@@ -177,7 +178,7 @@ class Trainer:
             self._set_rates(optimizer, stage, step / len(batches))
             loss = self._loss(self.train.batch(batches[step]), stage)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trained().values(), 1.0)
             optimizer.step()
             self._update_average(step)
