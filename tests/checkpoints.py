@@ -70,7 +70,7 @@ def tensors(folder: Path, seed: int = 0) -> dict[str, NDArray[np.float32]]:
 
 
 def write(folder: Path, content: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """A whole tiny checkpoint (config.json and model.safetensors, no tokenizer) in `folder`, which is made if need be."""
+    """A whole tiny checkpoint (config.json, model.safetensors, no tokenizer) in `folder`, made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content or config()))
     save.save_weights(folder, tensors(folder, seed))
