@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import records
-from .api import Classifier
+from .api import Classifier, Prediction
 from .backends import usable_cores
 from .errors import DependencyError, InputError
 from .text import TextOrPair
 
 Values = NDArray[np.floating]
+TRACED_TEXTS = 64  # in one forward pass
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def evaluate(model: Classifier, examples: Sequence[Example], task: Task, *, repe
     texts = [example.text for example in examples]
     variants = {"dense": model.with_pruning(None)} | ({"pruned": model} if model.pruning else {})
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    logits = {name: variant.logits(texts) for name, variant in variants.items()}  # warms up
+    predictions = {name: variant.predict(texts) for name, variant in variants.items()}  # warms up
     for _ in range(repeats):
         for name, variant in variants.items():
             began = time.perf_counter()
@@ -169,32 +170,34 @@ def evaluate(model: Classifier, examples: Sequence[Example], task: Task, *, repe
             seconds[name].append(time.perf_counter() - began)
     report: dict[str, Any] = {"texts": len(texts), "variants": {}}
     for name, variant in variants.items():
-        scores = {metric: METRICS[metric](_answers(logits[name], task), wanted) for metric in task.metrics}
-        report["variants"][name] = scores | _costs(variant, texts) | {"seconds": statistics.median(seconds[name])}
+        answers = _answers(predictions[name], task)
+        scores = {metric: METRICS[metric](answers, wanted) for metric in task.metrics}
+        costs = _costs(variant, texts, predictions[name])
+        report["variants"][name] = scores | costs | {"seconds": statistics.median(seconds[name])}
     if model.pruning:
         ratios = [dense / pruned for dense, pruned in zip(seconds["dense"], seconds["pruned"], strict=True)]
         report["speedup"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     return report
 
 
-def _answers(logits: Values, task: Task) -> Values:
-    return logits.argmax(axis=1).astype(np.float64) if task.labels else logits[:, 0].astype(np.float64)
+def _answers(predictions: Sequence[Prediction], task: Task) -> Values:
+    logits = np.array([prediction.logits for prediction in predictions])
+    return logits.argmax(axis=1).astype(np.float64) if task.labels else logits[:, 0]
 
 
-def _costs(model: Classifier, texts: Sequence[TextOrPair]) -> dict[str, Any]:
-    """Mean GFLOPs per text and mean live tokens after each layer, from a traced pass over all texts."""
+def _costs(model: Classifier, texts: Sequence[TextOrPair], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Mean GFLOPs per text and mean live tokens after each layer; the rule of every layer needs a traced pass."""
     ids, segments = model.encode(texts)
-    counted = executed = dense = 0
+    counted = 0
     kept = np.zeros(model.config.layers)
-    for start in range(0, len(ids), 64):
-        part = slice(start, start + 64)
+    for start in range(0, len(ids), TRACED_TEXTS):
+        part = slice(start, start + TRACED_TEXTS)
         traced = model.forward(ids[part], segments[part], trace=True)
-        run = model.forward(ids[part], segments[part])
         assert traced.counted_flops is not None and traced.ffn_lengths is not None
         counted += int(traced.counted_flops.sum())
-        executed += int(run.executed_flops.sum())
-        dense += int(run.dense_flops.sum())
         kept += traced.ffn_lengths.sum(axis=1)
+    executed = sum(prediction.executed_flops for prediction in predictions)
+    dense = sum(prediction.dense_flops for prediction in predictions)
     return {
         "gflops_counted": counted / len(ids) / 1e9,
         "gflops_executed": executed / len(ids) / 1e9,

@@ -29,5 +29,6 @@ def save_weights(folder: Path, tensors: Mapping[str, NDArray[np.float32]], *, in
     target = folder / SINGLE
     partial = target.with_suffix(".partial")
     save_file(stored, partial, metadata={"format": "np"})
+    partial.chmod(0o644)  # the safetensors package makes files that only their owner can read
     os.replace(partial, target)
     return target

@@ -1,0 +1,83 @@
+"""Turn a finished training run into a model folder: int8 rows, ltp.json, a clean tokenizer, and the training log.
+
+python -m minilpt.weights.recipes.export --base MODEL_DIR --run RUN_DIR --out FOLDER --labels negative positive
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from ...pruning import FILE_NAME, parse
+from ..save import save_weights
+
+METHOD = "soft masks with a temperature and a penalty, then hard thresholds with weights tuned (arXiv 2107.00910, 3.3)"
+
+
+def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "hard") -> None:
+    """Write the folder from RUN_DIR's last stage; existing files of the same names are replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = torch.load(run / f"{stage}.pt", weights_only=True)
+    config = json.loads((base / "config.json").read_text())
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    more = ("hidden_act", "layer_norm_eps", "max_position_embeddings", "pad_token_id", "type_vocab_size")
+    _write_json(
+        out / "config.json",
+        {
+            "architectures": ["BertForSequenceClassification"],
+            "model_type": config["model_type"],
+            **{key: config[key] for key in (*kept, *more)},
+            "id2label": {str(index): label for index, label in enumerate(labels)},
+            "label2id": {label: index for index, label in enumerate(labels)},
+        },
+    )
+    save_weights(out, {name: tensor.numpy() for name, tensor in state["params"].items()}, int8_rows=True)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    start = next(record for record in log if record.get("event") == "start")
+    record = {
+        "schema_version": 1,
+        "rule": "threshold",
+        "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
+        "score_denominator": "initial",
+        "method": METHOD,
+        "provenance": {
+            "recipe": "minilpt.weights.recipes.train_ltp",
+            "date": log[-1]["time"][:10],
+            "options": {key: value for key, value in start["options"].items() if key not in ("base", "data", "run")},
+        },
+    }
+    parse(record, config["num_hidden_layers"], "the thresholds that were learned")
+    _write_json(out / FILE_NAME, record)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    _write_json(out / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "name_or_path"})
+    shutil.copy(run / "log.jsonl", out / "train_log.jsonl")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line of `export`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--labels", nargs="+", required=True)
+    parser.add_argument("--stage", default="hard", choices=("dense", "soft", "hard"))
+    options = parser.parse_args()
+    export(options.base, options.run, options.out, options.labels, options.stage)
+
+
+if __name__ == "__main__":
+    main()
