@@ -168,7 +168,7 @@ def evaluate(model: Classifier, examples: Sequence[Example], task: Task, *, repe
             began = time.perf_counter()
             variant.logits(texts)
             seconds[name].append(time.perf_counter() - began)
-    report: dict[str, Any] = {"texts": len(texts), "variants": {}}
+    report: dict[str, Any] = {"texts": len(texts), "repeats": repeats, "variants": {}}
     for name, variant in variants.items():
         answers = _answers(predictions[name], task)
         scores = {metric: METRICS[metric](answers, wanted) for metric in task.metrics}

