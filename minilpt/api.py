@@ -226,7 +226,7 @@ class Classifier:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise InputError(f"batch_tokens must be a positive integer, found {batch_tokens!r}")
         encoded = self._text_encoder().encode(items)
-        with _progress_bar(len(items), progress) as bar:
+        with progress_bar(len(items), progress) as bar:
             for indices in _by_length([len(item.ids) for item in encoded], batch_tokens):
                 members = [encoded[index] for index in indices]
                 yield indices, members, self._run([m.ids for m in members], [m.segments for m in members])
@@ -330,7 +330,7 @@ def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]
         yield batch
 
 
-def _progress_bar(total: int, wanted: bool) -> Any:
+def progress_bar(total: int | None, wanted: bool) -> Any:
     """A tqdm bar on stderr, silent unless wanted."""
     from tqdm import tqdm
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import __version__, backends, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load
+from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
 from .errors import InputError, MinilptError
 from .evaluate import TASKS, evaluate, machine, read_examples
 from .text import TextOrPair
 from .weights.resolve import DEFAULT, bundled_names
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
-CHUNK = 2048
+CHUNK = 1024
 MAX_FIELD_BYTES = 1 << 30  # of a CSV field; the csv module's own default is 128 KiB
 
 
@@ -57,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--pair-column", metavar="NAME", help="the second text of a pair")
     predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
     predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
-    predict.add_argument("--progress", action="store_true", help="a progress bar on stderr")
+    predict.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a progress bar on stderr (default: with --input, on a terminal)",
+    )
     _add_model_options(predict)
     predict.set_defaults(run=_predict)
 
@@ -100,13 +105,14 @@ def _predict(options: argparse.Namespace) -> None:
         raise InputError("give texts or --input FILE, one of the two")
     model = _load(options)
     write = _write_table if options.format == "table" else _write_jsonl
-    with _texts(options) as texts:
-        first = True
+    wanted = options.input is not None and sys.stderr.isatty() if options.progress is None else options.progress
+    with _texts(options) as texts, progress_bar(None, wanted) as bar:
+        header = True
         while chunk := list(islice(texts, CHUNK)):
-            predictions = model.predict(chunk, batch_tokens=options.batch_tokens, progress=options.progress)
-            write(chunk, predictions, header=first)
+            write(chunk, model.predict(chunk, batch_tokens=options.batch_tokens), header)
             sys.stdout.flush()
-            first = False
+            bar.update(len(chunk))
+            header = False
 
 
 @contextmanager

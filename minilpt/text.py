@@ -38,10 +38,11 @@ class Encoded:
 
 
 class TextEncoder:
-    """A tokenizer and a length limit. Safe to share between threads."""
+    """A tokenizer and the model's limits. Safe to share between threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, max_tokens: int, truncation_side: str = "right"):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: ModelConfig, max_tokens: int, truncation_side: str):
         self._tokenizer = tokenizer
+        self._config = config
         self.max_tokens = max_tokens
         self.truncation_side = truncation_side
 
@@ -60,12 +61,13 @@ class TextEncoder:
         for pair in (False, True):
             if tokenizer.num_special_tokens_to_add(pair) >= config.max_tokens:
                 raise TokenizerError(f"{folder}: {config.max_tokens} positions leave no room for text")
-        return cls(tokenizer, _limit(settings, config), settings.get("truncation_side", "right"))
+        return cls(tokenizer, config, _limit(settings, config), settings.get("truncation_side", "right"))
 
     def encode(self, texts: Sequence[TextOrPair]) -> list[Encoded]:
         """Token ids of every text or pair, cut to max_tokens as Hugging Face's "longest_first" cuts.
 
-        Raises InputError naming the text if it is not valid Unicode (a lone surrogate).
+        Raises InputError naming the text if it is not valid Unicode (a lone surrogate), TokenizerError if the tokenizer
+        gives an id that the model has no row for.
         """
         try:
             if len(texts) < _SERIAL_BATCH:
@@ -91,7 +93,19 @@ class TextEncoder:
         n_truncated = max(0, len(encoding.ids) - self.max_tokens)
         if n_truncated:
             encoding = self._truncated(text)
-        return Encoded(np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32), n_truncated)
+        ids, segments = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+        if not len(ids):
+            raise InputError(f"the tokenizer makes no token of {text!r:.80}, not even a special one")
+        if ids.max() >= self._config.vocabulary:
+            token = self._tokenizer.id_to_token(int(ids.max()))
+            raise TokenizerError(
+                f"the tokenizer gives {token!r} the id {ids.max()}, but the model has {self._config.vocabulary} rows"
+            )
+        if (
+            self._config.segments < 2
+        ):  # the tokenizer may number the parts of a pair; this model does not tell them apart
+            segments = np.zeros_like(ids)
+        return Encoded(ids, segments, n_truncated)
 
     def _truncated(self, text: TextOrPair) -> tokenizers.Encoding:
         """Encode again without special tokens, cut, and let the tokenizer put its special tokens around the rest."""
