@@ -1,7 +1,7 @@
 """Write a bundled model's README.md from its result file, so that no number is typed by hand.
 
-    minilpt eval sst-2 --data dev.tsv --model FOLDER --out FOLDER/results.json
-    python -m minilpt.weights.recipes.model_card FOLDER
+minilpt eval sst-2 --data dev.tsv --model FOLDER --out FOLDER/results.json
+python -m minilpt.weights.recipes.model_card FOLDER
 """
 
 from __future__ import annotations

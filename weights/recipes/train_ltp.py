@@ -130,11 +130,11 @@ class Trainer:
 
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
         """The encoder's tensors under `bert.`, with a fresh pooler and classifier."""
-        tensors = load_file(base / "model.safetensors")
+        tensors = {name.removeprefix("bert."): t for name, t in load_file(base / "model.safetensors").items()}
         encoder = {
-            f"bert.{name.removeprefix('bert.')}": tensor.float()
+            f"bert.{name}": tensor.float()
             for name, tensor in tensors.items()
-            if "pooler" not in name and "position_ids" not in name
+            if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids")
         }
         return encoder | initial_head(self.widths[0], labels=2, seed=self.options.seed)
 
@@ -185,7 +185,7 @@ class Trainer:
             if (step + 1) % 100 == 0:
                 seconds = (time.perf_counter() - began) / (step + 1 - start)
                 self.log(stage=stage.name, step=step + 1, of=len(batches), loss=loss.item(), s_per_step=seconds)
-            if (step + 1) % 250 == 0:
+            if (step + 1) % self.options.save_every == 0:
                 held = self.evaluate(self.train, self.held_out, stage.pruning != "none")
                 self.log(stage=stage.name, step=step + 1, held_out=held, thresholds=self.thresholds.tolist())
                 self.save(
@@ -277,7 +277,8 @@ class Trainer:
         return {"accuracy": 100 * right / len(rows), "relative_flops": macs / dense_macs}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Command line: run or continue all three stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
     parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
@@ -291,9 +292,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=3, default=(3, 1, 2), metavar="N", help="dense, soft, hard")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     trainer = Trainer(options)
     trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))

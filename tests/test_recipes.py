@@ -1,0 +1,124 @@
+"""The training recipe: its torch model is the engine's model, and a stopped run continues as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilpt
+from minilpt.config import read_config
+from minilpt.text import TextEncoder
+
+import checkpoints
+
+torch = pytest.importorskip("torch", reason="recipes need torch (extra train)")
+
+from minilpt.weights.recipes import export, ltp_bert, train_ltp  # noqa: E402
+
+SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained encoder with a tokenizer.json."""
+    content = checkpoints.config("bert", labels=2, hidden_dropout_prob=0.1)
+    folder = checkpoints.write_vocabulary(checkpoints.write(tmp_path_factory.mktemp("base"), content))
+    encoder = TextEncoder.from_folder(folder, read_config(folder))
+    encoder._tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences whose label is whether they say good or bad."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(3)
+    for name, count in (("train", 96), ("dev", 24)):
+        lines = ["sentence\tlabel"]
+        for row in range(count):
+            words = draw.choices(["a", "film", "the", "not"], k=draw.randint(1, 9))
+            words.insert(draw.randint(0, len(words)), ("bad", "good")[row % 2])
+            lines.append(f"{' '.join(words)}{' .' if row % 3 == 0 else ''}\t{row % 2}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def train(base: Path, data: Path, run: Path) -> None:
+    sizes = ["--batch", "16", "--epochs", "2", "2", "1", "--save-every", "2", "--threads", "1", "--flops", "0.1"]
+    train_ltp.main(["--base", str(base), "--data", str(data), "--run", str(run), *sizes])
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "hard.pt", weights_only=True)
+    return state["params"] | {"thresholds": state["thresholds"]}
+
+
+@pytest.mark.parametrize("stage, after", [("none", 3), ("soft", 5), ("hard", 2)])
+def test_a_stopped_run_continues_to_the_same_weights(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: int
+) -> None:
+    train(base, data, tmp_path / "whole")
+    loss, steps = train_ltp.Trainer._loss, iter(range(after))
+
+    def stopping(self: train_ltp.Trainer, batch: train_ltp.Batch, current: train_ltp.Stage) -> torch.Tensor:
+        if current.pruning == stage and next(steps, None) is None:
+            raise KeyboardInterrupt
+        return loss(self, batch, current)
+
+    monkeypatch.setattr(train_ltp.Trainer, "_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, data, tmp_path / "stopped")
+    monkeypatch.undo()
+    train(base, data, tmp_path / "stopped")
+    whole, stopped = parameters(tmp_path / "whole"), parameters(tmp_path / "stopped")
+    assert whole.keys() == stopped.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, stopped[name]), name
+
+
+def test_thresholds_and_weights_are_learned_and_exported(base: Path, data: Path, tmp_path: Path) -> None:
+    train(base, data, tmp_path / "run")
+    folder = tmp_path / "model"
+    export.export(base, tmp_path / "run", folder, ["negative", "positive"])
+    model = minilpt.load(folder)
+    assert model.pruning is not None
+    assert model.pruning.settings["score_denominator"] == "initial"
+    start = [0.012 * (layer + 1) / 3 for layer in range(3)]
+    assert not np.allclose(model.pruning.settings["thresholds"], start)
+    assert model.predict("a good film")[0].label in ("negative", "positive")
+    assert json.loads((folder / "train_log.jsonl").read_text().splitlines()[0])["event"] == "start"
+
+
+@pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])
+def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, thresholds: list[float] | None) -> None:
+    pruning = (
+        None if thresholds is None else {"rule": "threshold", "thresholds": thresholds, "score_denominator": "initial"}
+    )
+    model = minilpt.load(base, pruning=pruning)
+    draw = np.random.default_rng(5)
+    rows = [draw.integers(5, 60, n).tolist() for n in (1, 2, 7, 30)]
+    found = model.forward(rows, trace=True)
+    params = {name: torch.from_numpy(tensor) for name, tensor in checkpoints.tensors(base).items()}
+    for at, row in enumerate(rows):
+        ids = torch.tensor([row + [0] * (32 - len(row))])
+        hard = None if thresholds is None else torch.tensor(thresholds)
+        logits, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=hard)
+        assert found.ffn_lengths[:, at].tolist() == alive.sum(2)[:, 0].int().tolist()
+        assert np.abs(found.logits[at] - logits.numpy()[0]).max() < 1e-4
+
+
+def test_the_soft_rule_becomes_the_hard_one_as_its_temperature_falls(base: Path) -> None:
+    params = {name: torch.from_numpy(tensor) for name, tensor in checkpoints.tensors(base).items()}
+    ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    thresholds = torch.tensor([0.06, 0.07, 0.08])
+    hard, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=thresholds)
+    assert 0 < alive[-1].sum() < alive[0].sum() < alive[0].numel()
+    gaps = []
+    for temperature in (1e-2, 1e-3, 1e-6):
+        soft, weight = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=thresholds, temperature=temperature)
+        gaps.append((weight - alive).abs().max().item())
+    assert gaps[2] < 1e-3 < gaps[0]
+    assert torch.allclose(soft, hard, atol=1e-4)
