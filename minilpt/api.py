@@ -186,7 +186,10 @@ class Classifier:
         return [item.ids.tolist() for item in encoded], [item.segments.tolist() for item in encoded]
 
     def _checked(self, at: int, kind: str, values: Sequence[int], rows: int) -> NDArray[np.int32]:
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError:  # lists of unequal lengths inside
+            array = np.empty(0)
         if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
             raise InputError(
                 f"sequence {at}: {kind} ids must be a non-empty sequence of integers, found {values!r:.80}"
@@ -223,7 +226,7 @@ class Classifier:
         self, items: list[TextOrPair], batch_tokens: int, progress: bool
     ) -> Iterator[tuple[list[int], list[Encoded], Forward]]:
         """Every item once, in batches of similar length: (places in items, their encodings, the result)."""
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
             raise InputError(f"batch_tokens must be a positive integer, found {batch_tokens!r}")
         encoded = self._text_encoder().encode(items)
         with progress_bar(len(items), progress) as bar:
@@ -236,9 +239,10 @@ class Classifier:
         """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""
         if self.config.problem_type == "regression":
             return logits
+        wide = logits.astype(np.float64)  # no difference of two float32 values overflows, no small score is lost
         if self.config.problem_type == "multi_label_classification" or len(self.config.labels) == 1:
-            return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)  # the sigmoid, without overflow
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+            return np.exp(-np.logaddexp(0, -wide)).astype(np.float32)  # the sigmoid
+        exp = np.exp(wide - wide.max(axis=1, keepdims=True, initial=-np.inf))
         return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
 
     def _prediction(self, result: Forward, row: int, scores: Float32, encoded: Encoded) -> Prediction:

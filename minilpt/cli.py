@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +32,8 @@ MAX_FIELD_BYTES = 1 << 30  # of a CSV field; the csv module's own default is 128
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # JSON is UTF-8, whatever the locale says
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         options.run(options)
         sys.stdout.flush()
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a progress bar on stderr (default: with --input, on a terminal)",
     )
     _add_model_options(predict)
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=_predict, usage_error=predict.error)
 
     commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
 
@@ -102,7 +105,7 @@ def _load(options: argparse.Namespace) -> Classifier:
 
 def _predict(options: argparse.Namespace) -> None:
     if bool(options.texts) == (options.input is not None):
-        raise InputError("give texts or --input FILE, one of the two")
+        options.usage_error("give texts or --input FILE, one of the two")
     model = _load(options)
     write = _write_table if options.format == "table" else _write_jsonl
     wanted = options.input is not None and sys.stderr.isatty() if options.progress is None else options.progress
@@ -134,14 +137,10 @@ def _texts(options: argparse.Namespace) -> Iterator[Iterator[TextOrPair]]:
 @contextmanager
 def _opened(path: str) -> Iterator[TextIO]:
     if path == "-":
-        sys.stdin.reconfigure(encoding="utf-8-sig", newline="")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")  # type: ignore[union-attr]
         yield sys.stdin
         return
-    try:
-        file = Path(path).open(encoding="utf-8-sig", newline="")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
+    with records.opened(Path(path)) as file:
         yield file
 
 

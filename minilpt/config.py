@@ -6,6 +6,7 @@ Setting names and defaults are those of the Hugging Face configuration classes (
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,6 +126,12 @@ ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
 }
 
+# Far more than any model has. Everything else in config.json is held against the checkpoint before memory is spent on
+# it, but names are made for every layer, and for every label that id2label does not name.
+MOST_LAYERS = 1000
+MOST_LABELS = 1_000_000
+LARGEST = 3e38  # of thresholds and the like, which become float32
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # prune_mode of the LTP code -> the key of its one parameter.
@@ -189,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file; a model folder needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5,000 digits
         raise ModelFileError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: a JSON object was expected, found {type(value).__name__}")
@@ -224,10 +231,8 @@ class _Reader:
     def config(self) -> ModelConfig:
         self._refuse_foreign_settings()
         family, keys = self.family, self.family.keys
-        sizes = {
-            field: self._integer(keys[field])
-            for field in ("layers", "heads", "width", "inner", "vocabulary", "positions")
-        }
+        sizes = {field: self._integer(keys[field]) for field in ("heads", "width", "inner", "vocabulary", "positions")}
+        layers = self._integer(keys["layers"], most=MOST_LAYERS)
         segments = self._integer(keys["segments"]) if "segments" in keys else 0
         if sizes["width"] % sizes["heads"]:
             raise self.unsupported(f"{keys['width']} {sizes['width']} is not a multiple of the {sizes['heads']} heads")
@@ -240,6 +245,7 @@ class _Reader:
         return ModelConfig(
             family=family.name,
             model_type=self.model_type,
+            layers=layers,
             **sizes,
             embedding_width=self._embedding_width(sizes["width"]),
             position_offset=offset,
@@ -258,12 +264,14 @@ class _Reader:
         value = self.raw.get(key)
         return self.family.defaults.get(key) if value is None else value
 
-    def _integer(self, key: str, smallest: int = 1) -> int:
+    def _integer(self, key: str, smallest: int = 1, most: float = math.inf) -> int:
         value = self._get(key)
         if value is None:
             raise self.unsupported(f"{key} is missing")
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise self.unsupported(f"{key} must be an integer of at least {smallest}, found {value!r}")
+        if value > most:
+            raise self.unsupported(f"{key} {value} is more than the {most} that minilpt takes")
         return value
 
     def _eps(self) -> float:
@@ -296,6 +304,8 @@ class _Reader:
             count = self.raw.get("num_labels", self.raw.get("_num_labels", 2))
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise self.unsupported(f"num_labels must be a positive integer, found {count!r}")
+            if count > MOST_LABELS:
+                raise self.unsupported(f"num_labels {count} is more than the {MOST_LABELS} that minilpt takes")
             return tuple(f"LABEL_{index}" for index in range(count))
         if not isinstance(names, dict) or not names:
             raise self.unsupported(f"id2label must be a non-empty object, found {names!r}")
@@ -320,7 +330,7 @@ class _Reader:
             raise self.unsupported(f"prune_mode {mode!r} is not one of {', '.join(LTP_PARAMETERS)} of the LTP code")
         key = LTP_PARAMETERS[mode]
         value = self.raw.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= LARGEST:
             raise self.unsupported(f"prune_mode {mode!r} needs the number {key}, found {value!r}")
         return LtpSettings(mode, float(value))
 
@@ -332,4 +342,4 @@ class _Reader:
         unknown = sorted(set(self.raw) - known)
         if unknown:
             message = f"{self.path}: settings unknown to minilpt, taken as harmless: {', '.join(unknown)}"
-            warnings.warn(message, MinilptWarning, stacklevel=4)
+            warnings.warn(message, MinilptWarning, stacklevel=5)  # the line that calls load()

@@ -128,7 +128,7 @@ class Engine:
         """Attention over all rows, the rule, and the rest for the kept rows. Returns (N', D) rows, (B + 1,) bounds."""
         weights = self._layers[layer]
         q, kv = self._linear(x, *weights.query), self._linear(x, *weights.key_value)
-        context, keep = [], []
+        context, keep = [x[:0]], [np.zeros(0, dtype=bool)]  # of no sequence at all, to begin with
         for b, (begin, end) in enumerate(_spans(cu_seqlens)):
             k, v = np.split(kv[begin:end], 2, axis=1)
             probs = self._probs(q[begin:end], k, self.config.heads)
@@ -146,7 +146,7 @@ class Engine:
         weights = self._layers[layer]
         first = x[cu_seqlens[:-1]]
         q, kv = self._linear(first, *weights.query), self._linear(x, *weights.key_value)
-        context = []
+        context = [x[:0]]  # of no sequence at all, to begin with
         for b, (begin, end) in enumerate(_spans(cu_seqlens)):
             k, v = np.split(kv[begin:end], 2, axis=1)
             context.append(self._context(self._probs(q[b : b + 1], k, self.config.heads), v))

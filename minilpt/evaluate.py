@@ -61,16 +61,11 @@ TASKS: Mapping[str, Task] = {
 
 def read_examples(path: Path, task: Task) -> list[Example]:
     """All rows of a TSV, CSV or JSONL file with the task's columns. Raises InputError naming the line at fault."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [
-                Example(
-                    records.text_of(place, row, task.text, task.pair), records.value_of(place, row, task.label), place
-                )
-                for place, row in records.rows(file, records.format_of(path.name), str(path))
-            ]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with records.opened(path) as file:
+        return [
+            Example(records.text_of(place, row, task.text, task.pair), records.value_of(place, row, task.label), place)
+            for place, row in records.rows(file, records.format_of(path.name), str(path))
+        ]
 
 
 def gold(examples: Sequence[Example], task: Task, classes: Sequence[str]) -> Values:

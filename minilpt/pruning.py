@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import LtpSettings, ModelConfig, read_json
+from .config import LARGEST, LtpSettings, ModelConfig, read_json
 from .errors import PruningError
 
 Float32 = NDArray[np.float32]
@@ -199,7 +199,7 @@ class _Checker:
         return self._number(key, self.record[key], low, high)
 
     def _number(self, key: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             raise self.error(f"{key} must be a finite number, found {value!r}")
         if not low <= value <= high:
             raise self.error(f"{key} must lie between {low} and {high}, found {value!r}")

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import InputError
 from .text import TextOrPair
@@ -23,14 +23,17 @@ def format_of(path: str) -> str:
 def rows(lines: Iterable[str], kind: str, where: str) -> Iterator[tuple[str, Row]]:
     """(place, row) for every record; a plain line is the row {"text": line}. `where` names the file in messages.
 
-    Raises InputError with file and line for what cannot be read.
+    lines: as `opened` reads them. Raises InputError with file and line for what cannot be read.
     """
+    yield from _ROWS[kind](_valid(lines, where), where)
+
+
+def opened(path: Path) -> TextIO:
+    """A file for `rows`: UTF-8 with or without a byte order mark, bytes that are not UTF-8 kept for it to report."""
     try:
-        yield from _ROWS[kind](lines, where)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not valid UTF-8: {error.reason} at byte {error.start}") from None
-    except csv.Error as error:
-        raise InputError(f"{where}: not valid {kind.upper()}: {error}") from None
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def text_of(place: str, row: Row, text_column: str, pair_column: str | None) -> TextOrPair:
@@ -42,10 +45,8 @@ def text_of(place: str, row: Row, text_column: str, pair_column: str | None) -> 
 
 def value_of(place: str, row: Row, column: str) -> Any:
     """What a column holds; InputError names the columns that are there if it is missing."""
-    if row.get(column) is None:
-        raise InputError(
-            f"{place}: no column {column!r}; found {', '.join(str(key) for key in row if key is not None)}"
-        )
+    if column not in row:
+        raise InputError(f"{place}: no column {column!r}; found {', '.join(row)}")
     return row[column]
 
 
@@ -54,6 +55,15 @@ def _string(place: str, row: Row, column: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{place}: column {column!r} must hold text, found {value!r:.80}")
     return value
+
+
+def _valid(lines: Iterable[str], where: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}, line {number}: not valid UTF-8 at character {error.start + 1}") from None
+        yield line
 
 
 def _lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
@@ -68,7 +78,7 @@ def _jsonl(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or a number of 5,000 digits
             raise InputError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{place}: a JSON object was expected, found {row!r:.80}")
@@ -76,15 +86,26 @@ def _jsonl(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(lines, strict=True)
-    for row in reader:
-        yield f"{where}, line {reader.line_num}", row
+    return _cells(lines, where)
 
 
 def _tsv(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    for row in reader:
-        yield f"{where}, line {reader.line_num}", row
+    return _cells(lines, where, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _cells(lines: Iterable[str], where: str, **dialect: Any) -> Iterator[tuple[str, Row]]:
+    """Rows of as many cells as the first line names columns; blank lines are left out."""
+    reader = csv.reader(lines, strict=True, **dialect)
+    try:
+        columns = next(reader, [])
+        for cells in reader:
+            place = f"{where}, line {reader.line_num}"
+            if cells and len(cells) != len(columns):
+                raise InputError(f"{place}: {len(cells)} cells, but line 1 names {len(columns)} columns")
+            if cells:
+                yield place, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num}: {error}") from None
 
 
 _ROWS = {"lines": _lines, "jsonl": _jsonl, "csv": _csv, "tsv": _tsv}

@@ -58,10 +58,12 @@ class TextEncoder:
         tokenizer = _build(folder, settings)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        for pair in (False, True):
-            if tokenizer.num_special_tokens_to_add(pair) >= config.max_tokens:
-                raise TokenizerError(f"{folder}: {config.max_tokens} positions leave no room for text")
-        return cls(tokenizer, config, _limit(settings, config), settings.get("truncation_side", "right"))
+        limit, side = _limit(settings, config), settings.get("truncation_side", "right")
+        if tokenizer.num_special_tokens_to_add(True) >= limit:
+            raise TokenizerError(f"{folder}: a limit of {limit} tokens leaves no room for text")
+        if side not in ("left", "right"):
+            raise TokenizerError(f'{settings_path}: truncation_side must be "left" or "right", found {side!r}')
+        return cls(tokenizer, config, limit, side)
 
     def encode(self, texts: Sequence[TextOrPair]) -> list[Encoded]:
         """Token ids of every text or pair, cut to max_tokens as Hugging Face's "longest_first" cuts.
@@ -90,10 +92,11 @@ class TextEncoder:
         raise AssertionError("the tokenizer refused texts that are valid Unicode")
 
     def _fit(self, text: TextOrPair, encoding: tokenizers.Encoding) -> Encoded:
-        n_truncated = max(0, len(encoding.ids) - self.max_tokens)
-        if n_truncated:
-            encoding = self._truncated(text)
         ids, segments = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+        n_truncated = max(0, len(ids) - self.max_tokens)
+        if n_truncated:
+            keep = self._kept(encoding)
+            ids, segments = ids[keep], segments[keep]
         if not len(ids):
             raise InputError(f"the tokenizer makes no token of {text!r:.80}, not even a special one")
         if ids.max() >= self._config.vocabulary:
@@ -107,18 +110,15 @@ class TextEncoder:
             segments = np.zeros_like(ids)
         return Encoded(ids, segments, n_truncated)
 
-    def _truncated(self, text: TextOrPair) -> tokenizers.Encoding:
-        """Encode again without special tokens, cut, and let the tokenizer put its special tokens around the rest."""
-        pair = () if isinstance(text, str) else (text[1],)
-        first = self._tokenizer.encode(text if isinstance(text, str) else text[0], add_special_tokens=False)
-        rest = [self._tokenizer.encode(part, add_special_tokens=False) for part in pair]
-        room = self.max_tokens - self._tokenizer.num_special_tokens_to_add(bool(rest))
-        if not rest:
-            first.truncate(room, direction=self.truncation_side)
-            return self._tokenizer.post_process(first)
-        for part, length in zip((first, rest[0]), _longest_first(len(first), len(rest[0]), room), strict=True):
-            part.truncate(length, direction=self.truncation_side)
-        return self._tokenizer.post_process(first, rest[0])
+    def _kept(self, encoding: tokenizers.Encoding) -> NDArray[np.bool_]:
+        """Which tokens stay, (n,) bool: the special ones, and the beginning (or end) of each text of the pair."""
+        part = np.array([-1 if part is None else part for part in encoding.sequence_ids])  # -1: a special token
+        keep = part == -1
+        places = [np.flatnonzero(part == number) for number in (0, 1)]
+        lengths = _longest_first(len(places[0]), len(places[1]), self.max_tokens - int(keep.sum()))
+        for place, length in zip(places, lengths, strict=True):
+            keep[place[:length] if self.truncation_side == "right" else place[len(place) - length :]] = True
+        return keep
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:

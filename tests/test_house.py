@@ -27,7 +27,7 @@ FLOORS = (
     ("engine",),
     ("api",),
     ("evaluate",),
-    ("cli",),
+    ("cli", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}
 SOURCES = sorted(path for room in ROOMS.values() for path in room.rglob("*.py"))
@@ -47,7 +47,9 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def room_of(path: Path) -> str:
-    """The module or package on whose floor a source file lives."""
+    """The module or package on whose floor a source file lives. Recipes are programs, like the command line."""
+    if path.is_relative_to(ROOT / "weights" / "recipes"):
+        return "recipes"
     for name in ("kernels", "weights"):
         if path.is_relative_to(ROOT / name):
             return name

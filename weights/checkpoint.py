@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,14 +115,23 @@ def _read_header(path: Path) -> list[Stored]:
             pass  # opening validates: lengths, offsets, overlaps, sizes, dtypes
         with open(path, "rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
-    except (SafetensorError, OSError) as error:
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_without_doubles)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"{path}: not a sound safetensors file: {error}; fetch it again") from None
     return [
         Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
         for name, entry in header.items()
         if name != "__metadata__"
     ]
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if a key stands there twice, where two readers could see two different files."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"the header names {_listed(doubled)} twice")
+    return record
 
 
 def _by_normalised_name(entries: list[Stored], family: str) -> dict[str, Stored]:
@@ -178,10 +188,11 @@ def _read(stored: Mapping[str, Stored], name: str) -> Float32:
 def quantize_rows(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
     """Symmetric int8 per row, for storage: ((M, K) int8 in [-127, 127], (M,) float32 scales).
 
-    The error of each element is at most half its row's scale, max|row| / 254.
+    The error of each element is at most half its row's scale, max|row| / 254. A row without a value of 1.5e-36, whose
+    scale would be subnormal, becomes zeros.
     """
     largest = np.abs(weight).max(axis=1)
-    scale = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
+    scale = (np.where(largest > 127 * np.finfo(np.float32).tiny, largest, 1) / 127).astype(np.float32)
     return np.rint(weight / scale[:, None]).astype(np.int8), scale
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import UnknownModelError
@@ -12,7 +13,7 @@ DEFAULT = "minilm-l6-ltp-sst2"
 
 def bundled_names() -> list[str]:
     """Names of the models inside the package, sorted."""
-    return sorted(folder.name for folder in MODELS.iterdir() if (folder / "config.json").is_file())
+    return sorted(config.parent.name for config in MODELS.glob("*/config.json"))
 
 
 def resolve(name_or_path: str | Path | None) -> Path:
@@ -25,7 +26,7 @@ def resolve(name_or_path: str | Path | None) -> Path:
     if isinstance(name_or_path, str) and name_or_path in bundled_names():
         return MODELS / name_or_path
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long to be one
         return folder
     raise UnknownModelError(
         f"{str(name_or_path)!r} is neither a folder nor a bundled model; bundled: {', '.join(bundled_names())}"

@@ -31,11 +31,7 @@ removes unimportant tokens layer by layer. Bundled with minilpt, where `minilpt.
 
 SST-2 dev set, {texts} sentences, {tokens:.1f} tokens each on average (special tokens counted).
 
-| | accuracy | GFLOPs counted | executed | seconds |
-| --- | --- | --- | --- | --- |
-| dense (`pruning=None`) | {dense[accuracy]:.2f} | {dense[gflops_counted]:.4f} | {dense[gflops_executed]:.4f} | {dense[seconds]:.2f} |
-| pruned (default) | {pruned[accuracy]:.2f} | {pruned[gflops_counted]:.4f} | {pruned[gflops_executed]:.4f} | {pruned[seconds]:.2f} |
-| dense / pruned | {drop:+.2f} points | **{counted:.2f} x** | {executed:.2f} x | {median:.2f} x ({min:.2f} to {max:.2f}) |
+{table}
 
 Live tokens after each layer, mean per sentence, the rule evaluated in every layer: {kept}.
 
@@ -80,23 +76,31 @@ a tool. It has two labels, so neutral texts get one of them. It inherits the bia
 """
 
 
+def results_table(results: dict[str, Any]) -> str:
+    """Dense beside pruned, and their ratio, as a Markdown table."""
+    variants, speedup = results["variants"], results["speedup"]
+    dense, pruned = variants["dense"], variants["pruned"]
+    rows = [["SST-2 dev", "accuracy", "GFLOPs counted", "GFLOPs executed", "seconds"], ["---"] * 5]
+    for name, row in (("dense (`pruning=None`)", dense), ("pruned (default)", pruned)):
+        numbers = [f"{row[key]:.4f}" for key in ("gflops_counted", "gflops_executed")]
+        rows.append([name, f"{row['accuracy']:.2f}", *numbers, f"{row['seconds']:.2f}"])
+    fewer = [f"**{dense[key] / pruned[key]:.2f} x less**" for key in ("gflops_counted", "gflops_executed")]
+    faster = f"{speedup['median']:.2f} x faster ({speedup['min']:.2f} to {speedup['max']:.2f})"
+    rows.append(["difference", f"{pruned['accuracy'] - dense['accuracy']:+.2f}", *fewer, faster])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def card(folder: Path) -> str:
     """The card's text for a model folder that holds results.json and train_log.jsonl."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in log if record.get("event") == "start")
-    dense, pruned = results["variants"]["dense"], results["variants"]["pruned"]
     return TEMPLATE.format(
+        table=results_table(results),
         texts=results["texts"],
         repeats=results["repeats"],
-        tokens=dense["tokens"],
-        dense=dense,
-        pruned=pruned,
-        drop=dense["accuracy"] - pruned["accuracy"],
-        counted=dense["gflops_counted"] / pruned["gflops_counted"],
-        executed=dense["gflops_executed"] / pruned["gflops_executed"],
-        **results["speedup"],
-        kept=", ".join(f"{count:.1f}" for count in pruned["kept_tokens"]),
+        tokens=results["variants"]["dense"]["tokens"],
+        kept=", ".join(f"{count:.1f}" for count in results["variants"]["pruned"]["kept_tokens"]),
         machine=results["machine"],
         versions=", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items()),
         train=start["train"],

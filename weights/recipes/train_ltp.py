@@ -3,17 +3,19 @@
     python -m minilpt.weights.recipes.train_ltp --base MODEL_DIR --data SST-2_DIR --run RUN_DIR
 
 Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR and logged to RUN_DIR/log.jsonl:
-`dense` fine-tunes; `soft` learns thresholds and weights under soft masks and the penalty
-`lambda * sum_l mean(alive_l)`, and ends when the *hard* rule reaches the FLOPs target on held-out training sentences
-(or after its epochs); `hard` fixes the thresholds and tunes the weights under really removed tokens. `soft` and `hard`
-also learn from the dense model's own outputs (self-distillation). The word table stays as pretrained, and each stage
-ends with an exponential average of its weights. The dev set is reported at the end of each stage.
+`dense` fine-tunes (after one epoch over the ends of longer reviews, stage `reviews`, where --reviews names some);
+`soft` learns thresholds and weights under soft masks and the penalty `lambda * sum_l mean(alive_l)`, and ends when the
+*hard* rule reaches the FLOPs target on held-out training sentences, or after its epochs; `hard` fixes the thresholds
+and tunes the weights under really removed tokens. `soft` and `hard` also learn from the dense model's own outputs
+(self-distillation). The word table stays as pretrained, and each stage ends with an exponential average of its weights.
+The dev set is reported at the end of each stage.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import os
 import time
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 from .ltp_bert import Shape, forward, initial_head, relative_flops
 
 MAX_TOKENS = 128  # SST-2's longest sentence has 66
+REVIEW_TOKENS = 64  # of a review's end, where its verdict stands
 FROZEN = "bert.embeddings.word_embeddings.weight"  # most dev words are rare in 67,000 phrases
 AVERAGE_DECAY = 0.999  # of the weights, over about one epoch of 1,000 steps
 
@@ -56,15 +59,34 @@ class Batch:
     rows: Tensor
 
 
+@dataclass(frozen=True)
 class Examples:
-    """Tokenised sentences of one TSV file (columns sentence, label) and the batches drawn from them."""
+    """Tokenised texts with their labels, and the batches drawn from them."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer):
+    texts: list[str]
+    labels: Tensor
+    ids: list[list[int]]
+
+    @classmethod
+    def sentences(cls, path: Path, tokenizer: Tokenizer) -> Examples:
+        """A TSV file with the columns sentence and label, as GLUE writes it."""
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        self.texts = [row["sentence"].strip() for row in rows]
-        self.labels = torch.tensor([int(row["label"]) for row in rows])
-        self.ids = [encoding.ids[:MAX_TOKENS] for encoding in tokenizer.encode_batch(self.texts)]
+        texts = [row["sentence"].strip() for row in rows]
+        ids = [encoding.ids[:MAX_TOKENS] for encoding in tokenizer.encode_batch(texts)]
+        return cls(texts, torch.tensor([int(row["label"]) for row in rows]), ids)
+
+    @classmethod
+    def reviews(cls, path: Path, tokenizer: Tokenizer) -> Examples:
+        """The ends of the reviews in a gzipped JSONL file with the fields text and label."""
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        texts = [row["text"].replace("<br />", " ") for row in rows]
+        ids = []
+        for encoding in tokenizer.encode_batch(texts):
+            (first, *inside, last) = encoding.ids
+            ids.append([first, *inside[2 - REVIEW_TOKENS :], last])
+        return cls(texts, torch.tensor([row["label"] for row in rows]), ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,8 +135,9 @@ class Trainer:
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.train = Examples(Path(options.data) / "train.tsv", tokenizer)
-        self.dev = Examples(Path(options.data) / "dev.tsv", tokenizer)
+        self.train = Examples.sentences(Path(options.data) / "train.tsv", tokenizer)
+        self.dev = Examples.sentences(Path(options.data) / "dev.tsv", tokenizer)
+        self.reviews = Examples.reviews(Path(options.reviews), tokenizer) if options.reviews else None
         # Whole sentences (they end in a full stop) resemble the dev set; the rest of SST-2's train set are phrases.
         whole = [row for row, text in enumerate(self.train.texts) if text.endswith(".")]
         draw = torch.Generator().manual_seed(options.seed)
@@ -129,14 +152,14 @@ class Trainer:
         self.average: dict[str, Tensor] = {}
 
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
-        """The encoder's tensors under `bert.`, with a fresh pooler and classifier."""
+        """The base's tensors under `bert.`, its pooler included if it has one, with a fresh classifier."""
         tensors = {name.removeprefix("bert."): t for name, t in load_file(base / "model.safetensors").items()}
         encoder = {
             f"bert.{name}": tensor.float()
             for name, tensor in tensors.items()
-            if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids")
+            if name.startswith(("embeddings.", "encoder.", "pooler.")) and not name.endswith("position_ids")
         }
-        return encoder | initial_head(self.widths[0], labels=2, seed=self.options.seed)
+        return initial_head(self.widths[0], labels=2, seed=self.options.seed) | encoder
 
     def log(self, **record: object) -> None:
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record})
@@ -161,10 +184,14 @@ class Trainer:
     def run(self, stage: Stage) -> None:
         if self.restore(stage.name):
             return self.log(stage=stage.name, event="already done")
+        examples, places = self.train, self.rows
+        if stage.name == "reviews":
+            assert self.reviews is not None
+            examples, places = self.reviews, list(range(len(self.reviews)))
         batches = [
             rows
             for epoch in range(stage.epochs)
-            for rows in self.train.shuffled(self.rows, self.options.batch, self.options.seed * 1000 + epoch)
+            for rows in examples.shuffled(places, self.options.batch, self.options.seed * 1000 + epoch)
         ]
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
@@ -176,7 +203,7 @@ class Trainer:
         for step in range(start, len(batches)):
             torch.manual_seed(self.options.seed * 1_000_003 + step)  # dropout repeats after a resume
             self._set_rates(optimizer, stage, step / len(batches))
-            loss = self._loss(self.train.batch(batches[step]), stage)
+            loss = self._loss(examples.batch(batches[step]), stage)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trained().values(), 1.0)
@@ -282,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
     parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
+    parser.add_argument("--reviews", help="gzipped JSONL of labelled reviews (text, label) to fine-tune on first")
     parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
     parser.add_argument("--flops", type=float, default=0.48, help="relative FLOPs at which the soft stage ends")
     parser.add_argument(
@@ -289,8 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--temperature", type=float, default=2e-3, help="of the soft rule's sigmoid")
     parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
-    parser.add_argument("--epochs", type=int, nargs=3, default=(3, 1, 2), metavar="N", help="dense, soft, hard")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=int, nargs=3, default=(2, 1, 2), metavar="N", help="dense, soft, hard")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="highest of the dense stage")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -300,7 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(options)
     trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
     dense, soft, hard = options.epochs
-    trainer.run(Stage("dense", dense, 5e-5, "none"))
+    if trainer.reviews is not None:
+        trainer.run(Stage("reviews", 1, options.learning_rate, "none"))
+    trainer.run(Stage("dense", dense, options.learning_rate, "none"))
     trainer.run(Stage("soft", soft, 2e-5, "soft", threshold_learning_rate=1e-4))
     trainer.run(Stage("hard", hard, 3e-5, "hard"))
 

@@ -1,0 +1,76 @@
+"""The bundled model, its card and the README: every number shown comes out of the files that are committed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minilpt
+from minilpt import cli, evaluate
+from minilpt.weights.recipes import model_card
+from minilpt.weights.resolve import DEFAULT, MODELS, bundled_names
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = MODELS / DEFAULT
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS: dict[str, Any] = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+
+
+def demo_texts() -> list[str]:
+    """The sentences that `make demo` classifies."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ndemo:")[1].split("\n\n")[0]
+    return re.findall(r'"(.*?)"', recipe)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_default_is_bundled_with_its_labels() -> None:
+    assert DEFAULT in bundled_names()
+    model = minilpt.load()
+    assert model.classes_.tolist() == ["negative", "positive"]
+    assert model.pruning is not None
+    assert model.pruning.settings["score_denominator"] == "initial"
+    assert 22e6 < (FOLDER / "model.safetensors").stat().st_size < 24e6
+
+
+def test_the_card_is_made_from_the_results() -> None:
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == model_card.card(FOLDER)
+
+
+def test_the_readme_shows_what_the_demo_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "--format", "table", *demo_texts()]) == 0
+    assert capsys.readouterr().out in blocks("text")
+
+
+def test_the_readme_s_example_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks("python")
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out in blocks("text")
+
+
+def test_the_readme_s_table_holds_the_results() -> None:
+    assert model_card.results_table(RESULTS) in README
+
+
+def test_the_stored_file_has_the_accuracy_and_the_flops_of_its_card(shared: Path) -> None:
+    """At least 90.0 dense, at most 1.0 point less pruned, at least 1.7 x fewer counted FLOPs."""
+    task = evaluate.TASKS["sst-2"]
+    examples = evaluate.read_examples(shared / "data" / "glue" / "SST-2" / "dev.tsv", task)
+    found = evaluate.evaluate(minilpt.load(), examples, task, repeats=1)
+    for name, expected in RESULTS["variants"].items():
+        measured = found["variants"][name]
+        assert measured["accuracy"] == expected["accuracy"], name
+        # A token whose score lies within rounding of its threshold may fall otherwise under another BLAS.
+        assert np.isclose(measured["relative_flops_counted"], expected["relative_flops_counted"], rtol=1e-4), name
+        assert np.allclose(measured["kept_tokens"], expected["kept_tokens"], rtol=1e-3), name
+    dense, pruned = found["variants"]["dense"], found["variants"]["pruned"]
+    assert dense["accuracy"] >= 90.0
+    assert dense["accuracy"] - pruned["accuracy"] <= 1.0
+    assert pruned["relative_flops_counted"] <= 1 / 1.7
