@@ -132,12 +132,12 @@ class Classifier:
         Raises InputError for anything that is not a text or a pair, TokenizerError if the model has no tokenizer.
         """
         items = _items(texts)
-        predictions: list[Prediction | None] = [None] * len(items)
+        predictions: dict[int, Prediction] = {}
         for indices, encoded, result in self._batches(items, batch_tokens, progress):
             scores = self._activated(result.logits)
             for row, index in enumerate(indices):
                 predictions[index] = self._prediction(result, row, scores[row], encoded[row])
-        return [prediction for prediction in predictions if prediction is not None]
+        return [predictions[index] for index in range(len(items))]
 
     def predict_proba(
         self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
@@ -220,7 +220,7 @@ class Classifier:
     def _text_encoder(self) -> TextEncoder:
         if isinstance(self._encoder, TextEncoder):
             return self._encoder
-        raise self._encoder
+        raise type(self._encoder)(*self._encoder.args)  # a new one each time, or its traceback would grow
 
     def _batches(
         self, items: list[TextOrPair], batch_tokens: int, progress: bool

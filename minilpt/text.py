@@ -104,9 +104,7 @@ class TextEncoder:
             raise TokenizerError(
                 f"the tokenizer gives {token!r} the id {ids.max()}, but the model has {self._config.vocabulary} rows"
             )
-        if (
-            self._config.segments < 2
-        ):  # the tokenizer may number the parts of a pair; this model does not tell them apart
+        if self._config.segments < 2:  # a tokenizer may number a pair's parts for a model that has one kind only
             segments = np.zeros_like(ids)
         return Encoded(ids, segments, n_truncated)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -159,6 +159,7 @@ def test_the_order_is_that_of_the_texts(model: Classifier) -> None:
         assert [prediction.n_tokens for prediction in found] == (words + 2).tolist()
 
 
+@settings(max_examples=15)
 @given(st.permutations(range(len(TEXTS))))
 def test_one_text_at_a_time_is_bit_for_bit_independent_of_the_others(model: Classifier, order: list[int]) -> None:
     alone = [model.predict(text)[0] for text in TEXTS]

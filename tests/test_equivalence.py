@@ -127,25 +127,42 @@ def test_any_batch_answers_as_transformers(build: Build, data: st.DataObject, le
 
 LAYERS = 6
 EMULATED = ("bert", "electra-narrow", "roberta")
-# With 40,000 even the floor of 1e-5 removes tokens.
-denominators = st.one_of(st.sampled_from(["initial", "live"]), st.integers(1, 60), st.sampled_from([128, 40_000]))
-# Around 1 / n, where the scores of n tokens lie; and no rule, the floor alone.
-thetas = st.one_of(st.floats(1e-3, 0.1), st.sampled_from([0, -1.0]))
-thresholds = st.one_of(
-    st.lists(thetas, min_size=LAYERS, max_size=LAYERS),
-    st.sampled_from([[0] * LAYERS, [1e6] * LAYERS]),  # none; all but the first token
-)
-RULES: Mapping[str, st.SearchStrategy[dict[str, Any]]] = {
-    "threshold": st.fixed_dictionaries({"thresholds": thresholds, "score_denominator": denominators}),
-    "ramp": st.fixed_dictionaries({"final_threshold": st.floats(-0.1, 0.2), "score_denominator": denominators}),
-    "relative": st.fixed_dictionaries({"token_threshold": st.floats(0, 0.9)}),
-    "topk": st.fixed_dictionaries({"token_keep_rate": st.floats(0, 1)}),
+denominators = {
+    "initial": st.just("initial"),
+    "live": st.just("live"),
+    "number": st.one_of(st.integers(1, 60), st.sampled_from([128, 40_000])),  # 40,000: the floor of 1e-5 removes, too
+}
+fractions = st.one_of(st.floats(0.1, 1.2), st.floats(0.1, 1.2), st.sampled_from([0, -1.0]))  # 0: no rule; -1: the floor
+all_fractions = st.lists(fractions, min_size=LAYERS, max_size=LAYERS)
+no_token, but_the_first = st.just([0] * LAYERS), st.just([1e6] * LAYERS)
+any_fractions = st.one_of(all_fractions, all_fractions, all_fractions, no_token, but_the_first)
+
+
+def threshold_record(fractions: list[float], denominator: str | int) -> dict[str, Any]:
+    """Thresholds as fractions of the mean mass, which is 1, in a sequence of 20 tokens."""
+    scale = 20 if isinstance(denominator, str) else denominator
+    return {
+        "rule": "threshold",
+        "thresholds": [fraction / scale for fraction in fractions],
+        "score_denominator": denominator,
+    }
+
+
+def ramp_record(final_threshold: float, denominator: str | int) -> dict[str, Any]:
+    return {"rule": "ramp", "final_threshold": final_threshold, "score_denominator": denominator}
+
+
+RECORDS: Mapping[str, st.SearchStrategy[dict[str, Any]]] = {
+    **{f"threshold-{name}": st.builds(threshold_record, any_fractions, z) for name, z in denominators.items()},
+    "ramp": st.builds(ramp_record, st.floats(-0.1, 0.2), st.one_of(*denominators.values())),
+    "relative": st.builds(lambda value: {"rule": "relative", "token_threshold": value}, st.floats(0, 0.9)),
+    "topk": st.builds(lambda value: {"rule": "topk", "token_keep_rate": value}, st.floats(0, 1)),
 }
 FIXED: Mapping[str, dict[str, Any]] = {
-    "threshold": {"thresholds": [0, 0.01, 0.02, 0.02, 0.03, 0.03], "score_denominator": "initial"},
-    "ramp": {"final_threshold": 0.05, "score_denominator": 40},
-    "relative": {"token_threshold": 0.1},
-    "topk": {"token_keep_rate": 0.3},
+    "threshold": {"rule": "threshold", "thresholds": [0, 0.01, 0.02, 0.02, 0.03, 0.03], "score_denominator": "initial"},
+    "ramp": {"rule": "ramp", "final_threshold": 0.05, "score_denominator": 40},
+    "relative": {"rule": "relative", "token_threshold": 0.1},
+    "topk": {"rule": "topk", "token_keep_rate": 0.3},
 }
 
 
@@ -242,15 +259,17 @@ def run_reference(twin: Twin, rule: KeepRule, batch: Batch) -> tuple[NDArray[np.
     return np.stack(logits), steps
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_pruning_keeps_the_tokens_that_the_masked_emulation_keeps(build: Build, rule: str) -> None:
+@pytest.mark.parametrize("records", RECORDS.values(), ids=RECORDS)
+def test_pruning_keeps_the_tokens_that_the_masked_emulation_keeps(
+    build: Build, records: st.SearchStrategy[dict[str, Any]]
+) -> None:
     tally = Tally()
 
-    @settings(max_examples=60)
-    @given(st.sampled_from(EMULATED), st.sampled_from([1, 2, 5]), RULES[rule], batches_of_lengths, seeds)
+    @settings(max_examples=50)
+    @given(st.sampled_from(EMULATED), st.sampled_from([1, 2, 5]), records, batches_of_lengths, seeds)
     def compare(architecture: str, labels: int, record: dict[str, Any], lengths: list[int], seed: int) -> None:
         twin = build(architecture, labels, num_hidden_layers=LAYERS)
-        Case(twin, oracles.draw_batch(twin, lengths, seed), {"rule": rule, **record}, tally).check_all()
+        Case(twin, oracles.draw_batch(twin, lengths, seed), record, tally).check_all()
 
     compare()
     tally.check()
@@ -280,9 +299,9 @@ def test_a_score_on_its_threshold_is_counted_and_not_compared(build: Build) -> N
 @pytest.mark.parametrize("wrong", [{"score_denominator": "live"}, {"thresholds": [0, 0, 0, 0, 0.02, 0]}])
 def test_the_comparison_sees_a_wrong_rule(build: Build, wrong: dict[str, Any]) -> None:
     twin = build("bert", num_hidden_layers=LAYERS)
-    case = Case(twin, oracles.draw_batch(twin, [40, 33, 25]), {"rule": "threshold", **FIXED["threshold"]}, Tally())
+    case = Case(twin, oracles.draw_batch(twin, [40, 33, 25]), FIXED["threshold"], Tally())
     case.check_all()
-    case.rule = pruning.parse({"rule": "threshold", **FIXED["threshold"], **wrong}, LAYERS, "test").rule
+    case.rule = pruning.parse(FIXED["threshold"] | wrong, LAYERS, "test").rule
     with pytest.raises(AssertionError, match=r"reference, sequence \d"):
         case.check_all()
 
@@ -293,7 +312,7 @@ def test_the_comparison_sees_a_wrong_rule(build: Build, wrong: dict[str, Any]) -
 def test_a_permuted_batch_gives_permuted_results(build: Build, rule: str, lengths: list[int], seed: int) -> None:
     """The same tokens stay; BLAS may change a logit's last bits with the rows beside it."""
     twin = build("bert", num_hidden_layers=LAYERS)
-    case = Case(twin, oracles.draw_batch(twin, lengths, seed), {"rule": rule, **FIXED[rule]}, Tally())
+    case = Case(twin, oracles.draw_batch(twin, lengths, seed), FIXED[rule], Tally())
     order = np.random.default_rng(seed).permutation(len(lengths))
     straight, kept = run(twin, case.rule, case.batch)
     shuffled, kept_shuffled = run(twin, case.rule, [case.batch[b] for b in order])
@@ -309,7 +328,7 @@ def test_a_permuted_batch_gives_permuted_results(build: Build, rule: str, length
 @pytest.mark.parametrize("rule", [None, *FIXED])
 def test_a_text_alone_gets_the_same_bits_whatever_is_asked_beside_it(tmp_path: Path, rule: str | None) -> None:
     folder = checkpoints.write_vocabulary(checkpoints.write(tmp_path, checkpoints.config(num_hidden_layers=LAYERS)))
-    model = minilpt.load(folder, pruning=rule and {"rule": rule, **FIXED[rule]})
+    model = minilpt.load(folder, pruning=rule and FIXED[rule])
     words = [word for word in checkpoints.WORDS if word.isalpha()]
     draw = np.random.default_rng(5)
     texts = [" ".join(draw.choice(words, n)) for n in (1, 30, 2, 2, 17, 36, 9)]
@@ -343,7 +362,7 @@ def test_a_rule_that_keeps_everything_is_dense_bit_for_bit(build: Build, record:
 @given(
     low=st.floats(1e-3, 0.1),
     step=st.floats(0, 0.1),
-    denominator=denominators,
+    denominator=st.one_of(*denominators.values()),
     lengths=batches_of_lengths,
     seed=seeds,
 )
@@ -383,7 +402,7 @@ def test_executed_flops_are_the_products_that_the_kernels_are_given(build: Build
         return kernels.NUMPY["attention_context"](probs, v)
 
     spies = {"linear": linear, "attention_probs": attention_probs, "attention_context": attention_context}
-    chosen = pruning.parse({"rule": rule, **FIXED[rule]}, LAYERS, "test").rule
+    chosen = pruning.parse(FIXED[rule], LAYERS, "test").rule
     lengths, config = [40, 1, 23, 8], twin.config
     result, _ = run(twin, chosen, oracles.draw_batch(twin, lengths), trace=trace, **spies)
     left_out = sum(lengths) * config.embedding_width * config.width
@@ -395,7 +414,7 @@ def test_executed_flops_are_the_products_that_the_kernels_are_given(build: Build
 
 def test_counted_flops_are_the_paper_s_formula_on_the_emulation_s_lengths(build: Build) -> None:
     twin = build("bert", num_hidden_layers=LAYERS)
-    case = Case(twin, oracles.draw_batch(twin, [40, 1, 23]), {"rule": "threshold", **FIXED["threshold"]}, Tally())
+    case = Case(twin, oracles.draw_batch(twin, [40, 1, 23]), FIXED["threshold"], Tally())
     assert len(case.fully_decided()) == 3
     result, _ = run(twin, case.rule, case.batch)
     d, inner = 32, 48

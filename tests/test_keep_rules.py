@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ def by_threshold(mass: Mass, threshold: float, z: int) -> list[bool]:
 
 
 @given(mass=masses, threshold=thresholds, denominator=denominators, layer=st.integers(0, 2), extra=st.integers(0, 9))
+@example(mass=np.array([0, 0.25, 0.2499], np.float32), threshold=0.125, denominator=2, layer=1, extra=0)
+@example(mass=np.array([0, 1e-5, 0.9e-5], np.float32), threshold=-1.0, denominator=1, layer=1, extra=0)
 def test_threshold_compares_the_score_over_its_denominator(
     mass: Mass, threshold: float, denominator: str | int, layer: int, extra: int
 ) -> None:
@@ -78,6 +80,7 @@ def test_ramp_rises_linearly_to_just_below_its_final_threshold(
 
 
 @given(mass=masses, threshold=st.floats(0, 1), layer=st.integers(0, 2))
+@example(mass=np.array([1, 0.5, 0.4999, 0.875], np.float32), threshold=0.5, layer=1)
 def test_relative_compares_with_the_largest_mass(mass: Mass, threshold: float, layer: int) -> None:
     mass[-1] += np.float32(0.125)  # masses sum to the number of tokens, so the largest is never 0
     largest = max(mass)

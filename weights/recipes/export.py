@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
         },
     )
     save_weights(out, {name: tensor.numpy() for name, tensor in state["params"].items()}, int8_rows=True)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    start = next(record for record in log if record.get("event") == "start")
+    log = [_without_paths(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
+    start = next(record for record in reversed(log) if record.get("event") == "start")
     record = {
         "schema_version": 1,
         "rule": "threshold",
@@ -49,7 +48,7 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
         "provenance": {
             "recipe": "minilpt.weights.recipes.train_ltp",
             "date": log[-1]["time"][:10],
-            "options": {key: value for key, value in start["options"].items() if key not in ("base", "data", "run")},
+            "options": start["options"],
         },
     }
     parse(record, config["num_hidden_layers"], "the thresholds that were learned")
@@ -60,7 +59,15 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     _write_json(out / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "name_or_path"})
-    shutil.copy(run / "log.jsonl", out / "train_log.jsonl")
+    (out / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+
+
+def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log without the names of one machine's folders."""
+    paths = ("base", "data", "reviews", "run")
+    if "options" not in record:
+        return record
+    return record | {"options": {key: value for key, value in record["options"].items() if key not in paths}}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
