@@ -155,7 +155,7 @@ def ramp_record(final_threshold: float, denominator: str | int) -> dict[str, Any
 RECORDS: Mapping[str, st.SearchStrategy[dict[str, Any]]] = {
     **{f"threshold-{name}": st.builds(threshold_record, any_fractions, z) for name, z in denominators.items()},
     "ramp": st.builds(ramp_record, st.floats(-0.1, 0.2), st.one_of(*denominators.values())),
-    "relative": st.builds(lambda value: {"rule": "relative", "token_threshold": value}, st.floats(0, 0.9)),
+    "relative": st.builds(lambda value: {"rule": "relative", "token_threshold": value}, st.floats(0.01, 0.9)),
     "topk": st.builds(lambda value: {"rule": "topk", "token_keep_rate": value}, st.floats(0, 1)),
 }
 FIXED: Mapping[str, dict[str, Any]] = {

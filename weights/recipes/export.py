@@ -63,11 +63,12 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
 
 
 def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of the log without the names of one machine's folders."""
-    paths = ("base", "data", "reviews", "run")
+    """A line of the log without the names of one machine's folders: of the teachers, their number."""
     if "options" not in record:
         return record
-    return record | {"options": {key: value for key, value in record["options"].items() if key not in paths}}
+    paths = ("base", "data", "reviews", "run")
+    options = {key: value for key, value in record["options"].items() if key not in paths}
+    return record | {"options": options | {"teachers": len(options.get("teachers", []))}}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR an
 `soft` learns thresholds and weights under soft masks and the penalty `lambda * sum_l mean(alive_l)`, and ends when the
 *hard* rule reaches the FLOPs target on held-out training sentences, or after its epochs; `hard` fixes the thresholds
 and tunes the weights under really removed tokens. `soft` and `hard` also learn from the dense model's own outputs
-(self-distillation). The word table stays as pretrained, and each stage ends with an exponential average of its weights.
-The dev set is reported at the end of each stage.
+(self-distillation), or from the mean of several dense models (--teachers). The word table stays as pretrained, and
+each stage ends with an exponential average of its weights; `hard` takes the one with the best dev accuracies.
 """
 
 from __future__ import annotations
@@ -195,6 +195,7 @@ class Trainer:
         ]
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
+        best = state["best"] if state else {"sum": 0.0}
         self.average = state["average"] if state else {name: p.clone() for name, p in self._trained().items()}
         optimizer = self._optimizer(stage)
         if state:
@@ -213,19 +214,41 @@ class Trainer:
                 seconds = (time.perf_counter() - began) / (step + 1 - start)
                 self.log(stage=stage.name, step=step + 1, of=len(batches), loss=loss.item(), s_per_step=seconds)
             if (step + 1) % self.options.save_every == 0:
-                held = self.evaluate(self.train, self.held_out, stage.pruning != "none")
-                self.log(stage=stage.name, step=step + 1, held_out=held, thresholds=self.thresholds.tolist())
+                if stage.pruning == "hard":
+                    best = self._better(best, step + 1)
+                else:
+                    held = self.evaluate(self.train, self.held_out, stage.pruning == "soft")
+                    self.log(stage=stage.name, step=step + 1, held_out=held, thresholds=self.thresholds.tolist())
                 self.save(
-                    f"{stage.name}-partial", step=step + 1, average=self.average, optimizer=optimizer.state_dict()
+                    f"{stage.name}-partial",
+                    step=step + 1,
+                    average=self.average,
+                    optimizer=optimizer.state_dict(),
+                    best=best,
                 )
                 if stage.pruning == "soft" and held["relative_flops"] <= self.options.flops:
                     break
         for tensor in (*self.params.values(), self.thresholds):
             tensor.requires_grad_(False)
+        if stage.pruning == "hard":
+            best = self._better(best, len(batches))
+            self.average = best["average"]
         self.params |= self.average
         report = self.evaluate(self.dev, list(range(len(self.dev))), stage.pruning != "none")
         self.log(stage=stage.name, event="done", dev=report, thresholds=self.thresholds.tolist())
         self.save(stage.name)
+
+    def _better(self, best: dict[str, Any], step: int) -> dict[str, Any]:
+        """The averaged weights of this step if the sum of their two dev accuracies is the highest yet, else `best`."""
+        everywhere, trained = list(range(len(self.dev))), self.params
+        self.params = trained | self.average
+        dev = {name: self.evaluate(self.dev, everywhere, name == "pruned") for name in ("dense", "pruned")}
+        self.params = trained
+        self.log(stage="hard", step=step, dev=dev)
+        total = dev["dense"]["accuracy"] + dev["pruned"]["accuracy"]
+        if total <= best["sum"]:
+            return best
+        return {"sum": total, "step": step, "average": {name: tensor.clone() for name, tensor in self.average.items()}}
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.params.items() if name != FROZEN}
@@ -278,16 +301,18 @@ class Trainer:
         return loss
 
     def _teacher_logits(self) -> Tensor:
-        """The dense stage's logits on the whole training file, (rows, labels); computed once per run."""
+        """Mean log-probabilities of the dense models on the training file, (rows, labels); computed once per run."""
         if self.teacher is None:
             path = self.folder / "teacher.pt"
             if not path.exists():
-                dense = torch.load(self.folder / "dense.pt", weights_only=True)["params"]
                 logits = torch.zeros(len(self.train), 2)
-                with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
-                    for batch in self.train.by_length(list(range(len(self.train))), 256):
-                        logits[batch.rows] = forward(dense, self.shape, batch.ids, batch.mask)[0]
-                torch.save(logits, path)
+                for run in (self.folder, *map(Path, self.options.teachers)):
+                    dense = torch.load(run / "dense.pt", weights_only=True)["params"]
+                    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+                        for batch in self.train.by_length(list(range(len(self.train))), 256):
+                            found = forward(dense, self.shape, batch.ids, batch.mask)[0]
+                            logits[batch.rows] += torch.log_softmax(found, -1)
+                torch.save(logits / (1 + len(self.options.teachers)), path)
             self.teacher = torch.load(path, weights_only=True)
         return self.teacher
 
@@ -311,6 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
     parser.add_argument("--reviews", help="gzipped JSONL of labelled reviews (text, label) to fine-tune on first")
     parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
+    parser.add_argument(
+        "--teachers", nargs="*", default=[], metavar="RUN", help="folders of runs whose dense stage is done"
+    )
     parser.add_argument("--flops", type=float, default=0.48, help="relative FLOPs at which the soft stage ends")
     parser.add_argument(
         "--lambda", dest="lambda_", type=float, default=0.1, help="weight of the penalty on alive tokens"
