@@ -65,7 +65,7 @@ arXiv 2107.00910:
 | --- | --- | --- |
 | `reviews` | one epoch over the reviews' ends | {stage[reviews]:.2f} |
 | `dense` | fine-tuning on SST-2 | {stage[dense]:.2f} |
-| `soft` | thresholds and weights under soft masks, until the hard rule meets the FLOPs target on the held-out sentences | {stage[soft]:.2f} |
+| `soft` | thresholds and weights under soft masks; then thresholds scaled to the FLOPs target on the held-out sentences | {stage[soft]:.2f} |
 | `hard` | weights under hard thresholds | {stage[hard]:.2f} |
 
 (float32 weights in torch; `soft` and `hard` are measured under hard thresholds; `train_log.jsonl` is the log.) The word

@@ -4,11 +4,12 @@
 
 Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR and logged to RUN_DIR/log.jsonl:
 `dense` fine-tunes (after one epoch over the ends of longer reviews, stage `reviews`, where --reviews names some);
-`soft` learns thresholds and weights under soft masks and the penalty `lambda * sum_l mean(alive_l)`, and ends when the
-*hard* rule reaches the FLOPs target on held-out training sentences, or after its epochs; `hard` fixes the thresholds
-and tunes the weights under really removed tokens. `soft` and `hard` also learn from the dense model's own outputs
-(self-distillation), or from the mean of several dense models (--teachers). The word table stays as pretrained, and
-each stage ends with an exponential average of its weights; `hard` takes the one with the best dev accuracies.
+`soft` learns thresholds and weights under soft masks and the penalty `lambda * sum_l mean(alive_l)`, then scales the
+thresholds by one factor so that the *hard* rule meets the FLOPs target on held-out training sentences; `hard` fixes
+the thresholds and tunes the weights under really removed tokens. `soft` and `hard` also learn from the dense model's
+own outputs (self-distillation), or from the mean of several dense models (--teachers). The word table stays as
+pretrained, and each stage ends with an exponential average of its weights; `hard` takes the one with the best dev
+accuracies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ class Stage:
     """One training stage. The learning rates fall linearly to zero after a warm-up of 6 % of the steps."""
 
     name: str
-    epochs: int
+    epochs: float
     learning_rate: float
     pruning: str  # "none", "soft" or "hard"
     threshold_learning_rate: float = 0.0
@@ -190,9 +192,10 @@ class Trainer:
             examples, places = self.reviews, list(range(len(self.reviews)))
         batches = [
             rows
-            for epoch in range(stage.epochs)
+            for epoch in range(math.ceil(stage.epochs))
             for rows in examples.shuffled(places, self.options.batch, self.options.seed * 1000 + epoch)
         ]
+        del batches[round(len(batches) * stage.epochs / math.ceil(stage.epochs)) :]
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
         best = state["best"] if state else {"sum": 0.0}
@@ -226,14 +229,14 @@ class Trainer:
                     optimizer=optimizer.state_dict(),
                     best=best,
                 )
-                if stage.pruning == "soft" and held["relative_flops"] <= self.options.flops:
-                    break
         for tensor in (*self.params.values(), self.thresholds):
             tensor.requires_grad_(False)
         if stage.pruning == "hard":
             best = self._better(best, len(batches))
             self.average = best["average"]
         self.params |= self.average
+        if stage.pruning == "soft":
+            self._meet_target()
         report = self.evaluate(self.dev, list(range(len(self.dev))), stage.pruning != "none")
         self.log(stage=stage.name, event="done", dev=report, thresholds=self.thresholds.tolist())
         self.save(stage.name)
@@ -249,6 +252,18 @@ class Trainer:
         if total <= best["sum"]:
             return best
         return {"sum": total, "step": step, "average": {name: tensor.clone() for name, tensor in self.average.items()}}
+
+    def _meet_target(self) -> None:
+        """Scale all thresholds by one factor so that the hard rule meets the FLOPs target on held-out sentences."""
+        learned = self.thresholds
+        low, high = 0.25, 4.0
+        for _ in range(8):
+            middle = math.sqrt(low * high)
+            self.thresholds = learned * middle
+            held = self.evaluate(self.train, self.held_out, pruned=True)
+            low, high = (low, middle) if held["relative_flops"] <= self.options.flops else (middle, high)
+        self.thresholds = learned * high
+        self.log(stage="soft", factor=high, held_out=self.evaluate(self.train, self.held_out, pruned=True))
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.params.items() if name != FROZEN}
@@ -339,17 +354,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--teachers", nargs="*", default=[], metavar="RUN", help="folders of runs whose dense stage is done"
     )
-    parser.add_argument("--flops", type=float, default=0.48, help="relative FLOPs at which the soft stage ends")
+    parser.add_argument("--flops", type=float, default=0.52, help="relative FLOPs that thresholds are scaled to")
     parser.add_argument(
         "--lambda", dest="lambda_", type=float, default=0.1, help="weight of the penalty on alive tokens"
     )
-    parser.add_argument("--temperature", type=float, default=2e-3, help="of the soft rule's sigmoid")
+    parser.add_argument("--temperature", type=float, default=1e-3, help="of the soft rule's sigmoid")
     parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
-    parser.add_argument("--epochs", type=int, nargs=3, default=(2, 1, 2), metavar="N", help="dense, soft, hard")
+    parser.add_argument("--epochs", type=float, nargs=3, default=(2, 0.36, 0.7), metavar="N", help="dense, soft, hard")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="highest of the dense stage")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
+    parser.add_argument("--save-every", type=int, default=125, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
     options = parser.parse_args(argv)
