@@ -63,10 +63,12 @@ def test_a_stopped_run_continues_to_the_same_weights(
     train(base, data, tmp_path / "whole")
     loss, steps = train_ltp.Trainer._loss, iter(range(after))
 
-    def stopping(self: train_ltp.Trainer, batch: train_ltp.Batch, current: train_ltp.Stage) -> torch.Tensor:
+    def stopping(
+        self: train_ltp.Trainer, batch: train_ltp.Batch, current: train_ltp.Stage, pruning: str
+    ) -> torch.Tensor:
         if current.pruning == stage and next(steps, None) is None:
             raise KeyboardInterrupt
-        return loss(self, batch, current)
+        return loss(self, batch, current, pruning)
 
     monkeypatch.setattr(train_ltp.Trainer, "_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
