@@ -13,9 +13,9 @@ from typing import Any
 
 # Kept by hand: what the dev set was used for while the recipe was made.
 LOOKS = (
-    "So the dev set is not strictly held out: besides that choice, six variants of the recipe were compared on it (their dense "
-    "stages reached 89.3 to 89.6). Its accuracies are optimistic by perhaps half a point; with 872 sentences their standard "
-    "error is one point."
+    "So the dev set is not held out, and its accuracies are optimistic: the dense accuracies of the averages to choose from "
+    "ranged from {low:.1f} to {high:.1f} (all are in the log), and the dense stages of six variants of the recipe reached 89.3 to "
+    "89.6. Expect about 89 on sentences like these; with 872 of them the standard error is one point."
 )
 
 TEMPLATE = """\
@@ -109,6 +109,7 @@ def card(folder: Path) -> str:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in reversed(log) if record.get("event") == "start")
+    choices = [line["dev"]["dense"]["accuracy"] for line in log if "dense" in line.get("dev", {})]
     return TEMPLATE.format(
         table=results_table(results),
         texts=results["texts"],
@@ -122,7 +123,7 @@ def card(folder: Path) -> str:
         stage={record["stage"]: record["dev"]["accuracy"] for record in log if record.get("event") == "done"},
         options=start["options"],
         command_line=_command_line(start["options"]),
-        looks=LOOKS,
+        looks=LOOKS.format(low=min(choices), high=max(choices)),
     )
 
 

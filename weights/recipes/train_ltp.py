@@ -239,7 +239,7 @@ class Trainer:
             best = self._better(best, len(batches))
             self.average, self.thresholds = best["average"], best["thresholds"]
         self.params |= self.average
-        if stage.pruning == "soft":
+        if stage.pruning != "none":
             self._meet_target()
         report = self.evaluate(self.dev, list(range(len(self.dev))), stage.pruning != "none")
         self.log(stage=stage.name, event="done", dev=report, thresholds=self.thresholds.tolist())
