@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--input", metavar="FILE", help="classify the rows of a file instead; - is standard input")
     predict.add_argument("--input-format", choices=records.FORMATS, help="default: by the file's ending, else lines")
     predict.add_argument("--text-column", default="text", metavar="NAME", help="in JSONL, CSV and TSV (default: text)")
-    predict.add_argument("--pair-column", metavar="NAME", help="the second text of a pair")
+    predict.add_argument(
+        "--pair-column", metavar="NAME", help="the second text of a pair (default: text_pair, if there)"
+    )
     predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
     predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
     predict.add_argument(

@@ -37,7 +37,12 @@ def opened(path: Path) -> TextIO:
 
 
 def text_of(place: str, row: Row, text_column: str, pair_column: str | None) -> TextOrPair:
-    """The text, or the pair, in these columns of a row. Raises InputError if one is missing or is not text."""
+    """The text, or the pair, in these columns of a row; beside `text`, a column `text_pair` makes a pair unasked.
+
+    Raises InputError if a column is missing or is not text.
+    """
+    if pair_column is None and text_column == "text" and "text_pair" in row:
+        pair_column = "text_pair"
     if pair_column is None:
         return _string(place, row, text_column)
     return _string(place, row, text_column), _string(place, row, pair_column)

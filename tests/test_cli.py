@@ -109,6 +109,15 @@ def test_columns_make_pairs(run: Run, folder: Path, tmp_path: Path) -> None:
     assert parsed(out) == answers(minilpt.load(folder), [(b, a) for a, b in ROWS])
 
 
+def test_a_column_text_pair_makes_pairs_unasked(run: Run, folder: Path, tmp_path: Path) -> None:
+    """As the dict of the Python API does."""
+    record = {"text": "good film", "text_pair": "bad"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record))
+    code, out, _ = run("predict", "--model", folder, "--input", tmp_path / "rows.jsonl")
+    assert code == 0
+    assert parsed(out) == answers(minilpt.load(folder), [record])
+
+
 def test_the_format_of_standard_input_is_lines_unless_said(run: Run, folder: Path) -> None:
     code, out, _ = run("predict", "--model", folder, "--input", "-", stdin=b"text,label\ngood,1\n")
     assert (code, len(parsed(out))) == (0, 2)
