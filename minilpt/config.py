@@ -326,7 +326,7 @@ class _Reader:
         mode = self.raw.get("prune_mode")
         if mode is None or mode == "none":
             return None
-        if self.family.name != "ibert" or mode not in LTP_PARAMETERS:
+        if self.family.name != "ibert" or not isinstance(mode, str) or mode not in LTP_PARAMETERS:
             raise self.unsupported(f"prune_mode {mode!r} is not one of {', '.join(LTP_PARAMETERS)} of the LTP code")
         key = LTP_PARAMETERS[mode]
         value = self.raw.get(key)

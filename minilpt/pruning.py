@@ -213,7 +213,7 @@ class _Checker:
 
     def denominator(self) -> ScoreDenominator:
         value = self.record["score_denominator"]
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
         if value not in ("initial", "live") and not whole:
             raise self.error(f'score_denominator must be "initial", "live" or a positive integer, found {value!r}')
         return value

@@ -41,7 +41,7 @@ def text_of(place: str, row: Row, text_column: str, pair_column: str | None) -> 
 
     Raises InputError if a column is missing or is not text.
     """
-    if pair_column is None and text_column == "text" and "text_pair" in row:
+    if pair_column is None and text_column == "text" and row.get("text_pair") is not None:
         pair_column = "text_pair"
     if pair_column is None:
         return _string(place, row, text_column)

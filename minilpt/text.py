@@ -106,6 +106,10 @@ class TextEncoder:
             )
         if self._config.segments < 2:  # a tokenizer may number a pair's parts for a model that has one kind only
             segments = np.zeros_like(ids)
+        elif segments.max() >= self._config.segments:
+            raise TokenizerError(
+                f"the tokenizer gives the segment id {segments.max()}, but the model has {self._config.segments} rows"
+            )
         return Encoded(ids, segments, n_truncated)
 
     def _kept(self, encoding: tokenizers.Encoding) -> NDArray[np.bool_]:

@@ -118,6 +118,13 @@ def test_a_column_text_pair_makes_pairs_unasked(run: Run, folder: Path, tmp_path
     assert parsed(out) == answers(minilpt.load(folder), [record])
 
 
+def test_a_text_pair_of_null_is_no_pair(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "good film", "text_pair": null}')
+    code, out, _ = run("predict", "--model", folder, "--input", tmp_path / "rows.jsonl")
+    assert code == 0
+    assert parsed(out) == answers(minilpt.load(folder), ["good film"])
+
+
 def test_the_format_of_standard_input_is_lines_unless_said(run: Run, folder: Path) -> None:
     code, out, _ = run("predict", "--model", folder, "--input", "-", stdin=b"text,label\ngood,1\n")
     assert (code, len(parsed(out))) == (0, 2)
