@@ -238,6 +238,7 @@ def test_an_ltp_checkpoint_may_be_unpruned_and_unknown_modes_are_refused(tmp_pat
     assert read(tmp_path, "ltp", prune_mode=None).ltp is None
     assert read(tmp_path, "ibert", prune_mode="none").ltp is None
     assert "prune_mode 'rising_threshold'" in refusal(tmp_path, "ltp", prune_mode="rising_threshold")
+    assert "prune_mode ['topk']" in refusal(tmp_path, "ltp", prune_mode=["topk"])
 
 
 def test_unknown_settings_are_named_in_one_warning(tmp_path: Path) -> None:

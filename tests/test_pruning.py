@@ -120,7 +120,7 @@ def test_thresholds_are_one_number_for_each_layer(value: Any) -> None:
     assert parsed(RECORDS["threshold"] | {"thresholds": [0, -1, 2]}).rule == Threshold((0, -1, 2), "initial")
 
 
-@pytest.mark.parametrize("value", ["padded", "", 0, -1, 40.0, True, None, [40]])
+@pytest.mark.parametrize("value", ["padded", "", 0, -1, 40.0, True, None, [40], 10**40, 10**400], ids=repr)
 @pytest.mark.parametrize("name", ["threshold", "ramp"])
 def test_the_score_denominator_is_named_or_a_positive_integer(name: str, value: Any) -> None:
     with pytest.raises(minilpt.PruningError, match='score_denominator must be "initial", "live" or a positive integer'):
