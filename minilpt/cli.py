@@ -1,12 +1,12 @@
 """The command line: `minilpt predict | models | info | eval`.
 
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage.
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
+(and 130 when interrupted).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -26,7 +26,6 @@ from .weights.resolve import DEFAULT, bundled_names
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
-MAX_FIELD_BYTES = 1 << 30  # of a CSV field; the csv module's own default is 128 KiB
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +125,6 @@ def _texts(options: argparse.Namespace) -> Iterator[Iterator[TextOrPair]]:
     if options.input is None:
         yield iter(options.texts)
         return
-    csv.field_size_limit(MAX_FIELD_BYTES)
     kind = options.input_format or records.format_of(options.input)
     name = "standard input" if options.input == "-" else options.input
     with _opened(options.input) as lines:

@@ -249,7 +249,7 @@ def from_ltp_checkpoint(settings: LtpSettings, offsets: Sequence[np.float32], sc
     layers = len(offsets)
     if settings.prune_mode == "absolute_threshold":
         ramp = [settings.parameter * layer / layers for layer in range(layers)]
-        thresholds = [float(np.float32(offset + base)) for offset, base in zip(offsets, ramp, strict=True)]
+        thresholds = [float(offset + np.float32(base)) for offset, base in zip(offsets, ramp, strict=True)]
         record |= {"rule": "threshold", "thresholds": thresholds, "score_denominator": score_denominator}
     elif settings.prune_mode == "threshold":
         record |= {"rule": "relative", "token_threshold": settings.parameter}

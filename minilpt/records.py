@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from .errors import InputError
 from .text import TextOrPair
 
+MAX_FIELD_CHARACTERS = 1 << 30  # of a CSV field; the csv module stops at 131,072 by itself
 FORMATS = ("lines", "jsonl", "csv", "tsv")
 Row = Mapping[str, Any]
 
@@ -100,6 +101,7 @@ def _tsv(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
 
 def _cells(lines: Iterable[str], where: str, **dialect: Any) -> Iterator[tuple[str, Row]]:
     """Rows of as many cells as the first line names columns; blank lines are left out."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     reader = csv.reader(lines, strict=True, **dialect)
     try:
         columns = next(reader, [])

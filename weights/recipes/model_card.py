@@ -88,9 +88,9 @@ Stored as int8 per row for all matrices and float32 for the rest; computed in fl
 
 ## Limits
 
-**Texts of more than about 50 tokens: use `load(pruning=None)`.** The score is divided by the text's own length, so the
+**Texts longer than a sentence: use `load(pruning=None)`.** The score is divided by the text's own length, so the
 mean score falls as texts grow while the thresholds stay: beyond the length of single sentences nearly every token is
-removed early, and the answer says nothing (`positive`, 0.67), though the dense model answers rightly.
+removed early, and the answer says nothing.
 
 Trained on sentences from film reviews only: on other domains, long texts and other languages it is a demonstration, not
 a tool. It has two labels, so neutral texts get one of them. It inherits the biases of its base and data.
