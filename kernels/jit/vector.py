@@ -1,0 +1,162 @@
+"""Vector code as LLVM IR: the arithmetic that the intrinsics of this folder share.
+
+Everything works on vectors of 16 float32 lanes in a fixed order, so results do not depend on how LLVM splits them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from ..elementwise import ERFC_POLYNOMIAL, ERFC_SLOPE
+from .isa import LANES, chosen
+
+F32, I32, I64, I8, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8), ir.IntType(16)
+VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+MASK = ir.VectorType(ir.IntType(1), LANES)
+Value = Any  # llvmlite ships no types
+
+# exp(r) on [-ln 2 / 2, ln 2 / 2], Taylor to degree 7 (error below 6e-9 relative, less than float32's rounding).
+EXP_POLYNOMIAL = tuple(1 / math.factorial(power) for power in range(8))
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts (Cody & Waite); the first has few bits
+SMALLEST = -87.0  # exp of less is 0 here: float32's smallest normal number is exp(-87.3)
+
+
+class Emitter:
+    """Appends instructions to one LLVM function through an IRBuilder."""
+
+    def __init__(self, builder: ir.IRBuilder):
+        self.builder = builder
+
+    def call(self, name: str, result: Value, arguments: Sequence[Value]) -> Value:
+        """Call the LLVM intrinsic `name`."""
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+        return self.builder.call(function, arguments)
+
+    def splat(self, value: Value | float, kind: ir.VectorType = VECTOR) -> Value:
+        """The same number in every lane."""
+        if isinstance(value, (int, float)):
+            return ir.Constant(kind, [value] * kind.count)
+        single = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+        return self.builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), zeros)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once where the rung has the instruction."""
+        if chosen().fma:
+            return self.call("llvm.fma.v16f32", VECTOR, [a, b, c])
+        return self.builder.fadd(self.builder.fmul(a, b), c)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """Lane by lane; NaN in `a` stays."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), b, a)
+
+    def pointer(self, address: Value, kind: Value, offset: Value | int = 0) -> Value:
+        """A pointer to `kind` at `address` plus `offset` bytes."""
+        if isinstance(offset, int):
+            offset = ir.Constant(I64, offset)
+        return self.builder.inttoptr(self.builder.add(address, offset), kind.as_pointer())
+
+    def load(self, address: Value, kind: Value, offset: Value | int = 0, align: int = 4) -> Value:
+        """Read one `kind`."""
+        return self.builder.load(self.pointer(address, kind, offset), align=align)
+
+    def store(self, value: Value, address: Value, offset: Value | int = 0) -> None:
+        """Write one value."""
+        self.builder.store(value, self.pointer(address, value.type, offset), align=4)
+
+    def loop(
+        self, count: Value, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
+    ) -> list[Value]:
+        """`for i in range(count): state = body(i, state)`; returns the last state. count, i: int64."""
+        builder = self.builder
+        before, head = builder.block, builder.append_basic_block("head")
+        inside, after = builder.append_basic_block("body"), builder.append_basic_block("after")
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(I64)
+        phis = [builder.phi(value.type) for value in state]
+        for phi, value in zip([index, *phis], [ir.Constant(I64, 0), *state], strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
+        builder.position_at_end(inside)
+        changed = body(index, list(phis))
+        following = builder.add(index, ir.Constant(I64, 1))
+        for phi, value in zip([index, *phis], [following, *changed], strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return phis
+
+    def lanes_below(self, at: Value, end: Value) -> Value:
+        """Which of the lanes at, at + 1, ... are before `end` (int64)."""
+        left = self.builder.trunc(self.builder.sub(end, at), I32)
+        return self.builder.icmp_signed("<", ir.Constant(INTEGERS, list(range(LANES))), self.splat(left, INTEGERS))
+
+    def load_some(self, mask: Value, address: Value, offset: Value, otherwise: float = 0.0) -> Value:
+        """The masked lanes of a float32 vector; the others are not read."""
+        pointer = self.pointer(address, VECTOR, offset)
+        arguments = [pointer, ir.Constant(I32, 4), mask, self.splat(otherwise)]
+        return self.call("llvm.masked.load.v16f32.p0", VECTOR, arguments)
+
+    def store_some(self, mask: Value, value: Value, address: Value, offset: Value) -> None:
+        """Write the masked lanes only."""
+        pointer = self.pointer(address, VECTOR, offset)
+        self.call("llvm.masked.store.v16f32.p0", ir.VoidType(), [value, pointer, ir.Constant(I32, 4), mask])
+
+    def sum(self, value: Value) -> Value:
+        """Of the lanes, first to last."""
+        return self.call("llvm.vector.reduce.fadd.v16f32", F32, [ir.Constant(F32, 0.0), value])
+
+    def largest(self, value: Value) -> Value:
+        """Of the lanes; a NaN loses."""
+        return self.call("llvm.vector.reduce.fmax.v16f32", F32, [value])
+
+    def exp(self, x: Value) -> Value:
+        """exp(x) for x <= 0, 0 below -87; relative error below 2e-7."""
+        builder = self.builder
+        bounded = self.larger(x, self.splat(SMALLEST))
+        whole = self.call("llvm.rint.v16f32", VECTOR, [builder.fmul(bounded, self.splat(1 / math.log(2)))])
+        rest = self.fma(whole, self.splat(-LN2_HIGH), bounded)
+        rest = self.fma(whole, self.splat(-LN2_LOW), rest)
+        value = self._polynomial(EXP_POLYNOMIAL, rest)
+        power = builder.shl(builder.fptosi(whole, INTEGERS), self.splat(23, INTEGERS))
+        value = builder.bitcast(builder.add(builder.bitcast(value, INTEGERS), power), VECTOR)
+        return builder.select(builder.fcmp_ordered("<", x, self.splat(SMALLEST)), self.splat(0.0), value)
+
+    def gelu(self, x: Value) -> Value:
+        """x Phi(x) in the form of `kernels.elementwise.gelu`, which states the error."""
+        builder = self.builder
+        size = self.call("llvm.fabs.v16f32", VECTOR, [x])
+        size = builder.select(builder.fcmp_ordered(">", size, self.splat(16.0)), self.splat(16.0), size)
+        z = builder.fmul(size, self.splat(math.sqrt(0.5)))
+        t = builder.fdiv(self.splat(1.0), self.fma(z, self.splat(float(ERFC_SLOPE)), self.splat(1.0)))
+        tail = builder.fmul(self._polynomial(ERFC_POLYNOMIAL, t), t)
+        tail = builder.fmul(tail, self.exp(builder.fneg(builder.fmul(z, z))))
+        tail = builder.fmul(tail, builder.fmul(size, self.splat(0.5)))
+        return builder.fsub(self.larger(x, self.splat(0.0)), tail)
+
+    def gelu_tanh(self, x: Value) -> Value:
+        """0.5 x (1 + tanh u) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), with the larger power outside."""
+        builder = self.builder
+        cube = builder.fmul(builder.fmul(x, x), x)
+        u = builder.fmul(self.fma(cube, self.splat(0.044715), x), self.splat(2 * math.sqrt(2 / math.pi)))
+        power = self.exp(builder.fneg(self.call("llvm.fabs.v16f32", VECTOR, [u])))
+        below = builder.fdiv(x, builder.fadd(self.splat(1.0), power))
+        negative = builder.fcmp_ordered("<", u, self.splat(0.0))
+        return builder.select(negative, builder.fmul(below, power), below)
+
+    def relu(self, x: Value) -> Value:
+        """max(x, 0)."""
+        return self.larger(x, self.splat(0.0))
+
+    def _polynomial(self, coefficients: Sequence[float], x: Value) -> Value:
+        """Lowest power first."""
+        value = self.splat(coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            value = self.fma(value, x, self.splat(coefficient))
+        return value
