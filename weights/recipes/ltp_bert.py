@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PINNED_FLOOR = 1e-5  # the original code keeps a token iff score >= max(1e-5, threshold)
+from ...pruning import SCORE_FLOOR
+
 GONE = -1e4  # log of "not there": exp() of it is exactly 0 in float32
 
 
@@ -98,7 +99,7 @@ def forward(
 def _log_keep(score: Tensor, threshold: Tensor, temperature: float | None, pinned: Tensor) -> Tensor:
     """log of the keep weight, (B, S): log sigmoid((score - threshold) / T), or 0 and GONE for the hard rule."""
     if temperature is None:
-        keep = (score >= threshold.clamp_min(PINNED_FLOOR)) | pinned
+        keep = (score >= threshold.clamp_min(float(SCORE_FLOOR))) | pinned
         return torch.where(keep, 0.0, GONE)
     return torch.where(pinned, 0.0, F.logsigmoid((score - threshold) / temperature).clamp_min(GONE))
 
@@ -112,7 +113,7 @@ def _norm(params: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor
     return F.layer_norm(x.float(), weight.shape, weight, bias, eps)
 
 
-def relative_flops(alive: Tensor, mask: Tensor, width: int, inner: int) -> tuple[float, float]:
+def encoder_macs(alive: Tensor, mask: Tensor, width: int, inner: int) -> tuple[float, float]:
     """(pruned, dense) MACs of one batch of hard-pruned sequences, counted as in Table I of the paper."""
     n0 = mask.sum(1).double()  # (B,)
     after = alive.round().sum(2).double()  # (L, B)

@@ -32,7 +32,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ltp_bert import Shape, forward, initial_head, relative_flops
+from ..checkpoint import SCALE_SUFFIX, dequantize_rows, quantize_rows
+from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
 MAX_TOKENS = 128  # SST-2's longest sentence has 66
 REVIEW_TOKENS = 64  # of a review's end, where its verdict stands
@@ -132,7 +133,7 @@ class Trainer:
             config["num_hidden_layers"],
             config["num_attention_heads"],
             config["layer_norm_eps"],
-            config["hidden_dropout_prob"],
+            config.get("hidden_dropout_prob", 0.1),  # BERT's default
         )
         self.widths = config["hidden_size"], config["intermediate_size"]
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -155,14 +156,17 @@ class Trainer:
         self.average: dict[str, Tensor] = {}
 
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
-        """The base's tensors under `bert.`, its pooler included if it has one, with a fresh classifier."""
-        tensors = {name.removeprefix("bert."): t for name, t in load_file(base / "model.safetensors").items()}
-        encoder = {
-            f"bert.{name}": tensor.float()
-            for name, tensor in tensors.items()
-            if name.startswith(("embeddings.", "encoder.", "pooler.")) and not name.endswith("position_ids")
-        }
-        return initial_head(self.widths[0], labels=2, seed=self.options.seed) | encoder
+        """The base's tensors under `bert.`, with its pooler and classifier, or fresh ones where it has none."""
+        stored = load_file(base / "model.safetensors")
+        params = initial_head(self.widths[0], labels=2, seed=self.options.seed)
+        for name, tensor in stored.items():
+            if name.endswith(("position_ids", SCALE_SUFFIX)):
+                continue
+            if name + SCALE_SUFFIX in stored:
+                tensor = torch.from_numpy(dequantize_rows(tensor.numpy(), stored[name + SCALE_SUFFIX].numpy()))
+            inside = name.startswith(("embeddings.", "encoder.", "pooler."))
+            params[f"bert.{name}" if inside else name] = tensor.float()
+        return params
 
     def log(self, **record: object) -> None:
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record})
@@ -196,7 +200,7 @@ class Trainer:
             for epoch in range(math.ceil(stage.epochs))
             for rows in examples.shuffled(places, self.options.batch, self.options.seed * 1000 + epoch)
         ]
-        del batches[round(len(batches) * stage.epochs / math.ceil(stage.epochs)) :]
+        del batches[round(len(batches) * stage.epochs / max(1, math.ceil(stage.epochs))) :]
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
         best = state["best"] if state else {"sum": 0.0}
@@ -248,10 +252,11 @@ class Trainer:
     def _better(self, best: dict[str, Any], step: int) -> dict[str, Any]:
         """The averaged weights of this step if the sum of their two dev accuracies is the highest yet, else `best`.
 
-        As the weights move, so do the scores: the thresholds are scaled to the FLOPs target again first.
+        Measured as they will be stored, as int8 rows. As the weights move, so do the scores: the thresholds are scaled
+        to the FLOPs target again first.
         """
         everywhere, trained = list(range(len(self.dev))), self.params
-        self.params = trained | self.average
+        self.params = _as_stored(trained | self.average)
         self._meet_target()
         dev = {name: self.evaluate(self.dev, everywhere, name == "pruned") for name in ("dense", "pruned")}
         self.params = trained
@@ -348,9 +353,17 @@ class Trainer:
             thresholds = self.thresholds if pruned else None
             logits, alive = forward(self.params, self.shape, batch.ids, batch.mask, thresholds=thresholds)
             right += (logits.argmax(1) == batch.labels).sum().item()
-            counted, dense = relative_flops(alive, batch.mask, *self.widths)
+            counted, dense = encoder_macs(alive, batch.mask, *self.widths)
             macs, dense_macs = macs + counted, dense_macs + dense
         return {"accuracy": 100 * right / len(rows), "relative_flops": macs / dense_macs}
+
+
+def _as_stored(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters after `export` has stored them and `minilpt.load` has read them: matrices through int8 rows."""
+    return {
+        name: torch.from_numpy(dequantize_rows(*quantize_rows(tensor.detach().numpy()))) if tensor.ndim == 2 else tensor
+        for name, tensor in params.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
