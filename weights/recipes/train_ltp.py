@@ -164,8 +164,11 @@ class Trainer:
                 continue
             if name + SCALE_SUFFIX in stored:
                 tensor = torch.from_numpy(dequantize_rows(tensor.numpy(), stored[name + SCALE_SUFFIX].numpy()))
-            inside = name.startswith(("embeddings.", "encoder.", "pooler."))
-            params[f"bert.{name}" if inside else name] = tensor.float()
+            inside = name.removeprefix("bert.")
+            if inside.startswith(("embeddings.", "encoder.", "pooler.")):
+                params[f"bert.{inside}"] = tensor.float()
+            elif inside.startswith("classifier."):  # other heads, a language model's for one, are left out
+                params[inside] = tensor.float()
         return params
 
     def log(self, **record: object) -> None:
