@@ -94,6 +94,19 @@ def test_thresholds_and_weights_are_learned_and_exported(base: Path, data: Path,
     assert json.loads((folder / "train_log.jsonl").read_text().splitlines()[0])["event"] == "start"
 
 
+def test_a_run_can_continue_from_a_finished_model(base: Path, data: Path, tmp_path: Path) -> None:
+    """Its int8 rows and its classifier are read; a stage of 0 epochs leaves them as they are."""
+    train(base, data, tmp_path / "first")
+    export.export(base, tmp_path / "first", tmp_path / "model", ["negative", "positive"])
+    options = ["--base", str(tmp_path / "model"), "--data", str(data), "--run", str(tmp_path / "second")]
+    train_ltp.main([*options, "--epochs", "0", "1", "1", "--batch", "16", "--save-every", "2", "--threads", "1"])
+    stored = train_ltp._as_stored(torch.load(tmp_path / "first" / "hard.pt", weights_only=True)["params"])
+    start = torch.load(tmp_path / "second" / "dense.pt", weights_only=True)["params"]
+    assert stored.keys() == start.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, start[name]), name
+
+
 @pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])
 def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, thresholds: list[float] | None) -> None:
     pruning = (

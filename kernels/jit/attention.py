@@ -1,7 +1,7 @@
 """Attention over a ragged batch, one sequence and head at a time, through the same register tiles as every product.
 
 Probabilities are never stored for more rows than one register tile has: the masses need them before the rule decides,
-the contexts after it and for the kept rows only, so they are computed twice, which costs less than keeping them.
+the contexts after it and for the kept rows only, so those of kept rows are computed twice. Storing them would take H n n floats: 12 MB for 12 heads and 512 tokens.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def norm_line(typingctx, address, residual, out, weight, bias, count, eps):
 
     def code(context, builder, signature, arguments):
         address, residual, out, weight, bias, count, eps = arguments
-        emit, zero = Emitter(builder), None
+        emit = Emitter(builder)
         zero = emit.splat(0.0)
         size = emit.splat(builder.sitofp(count, F32))
         has_residual = builder.icmp_signed("!=", residual, ir.Constant(I64, 0))

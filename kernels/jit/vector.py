@@ -117,7 +117,7 @@ class Emitter:
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, [value])
 
     def exp(self, x: Value) -> Value:
-        """exp(x) for x <= 0, 0 below -87; relative error below 2e-7."""
+        """exp(x) for x <= 0, 0 below -87."""
         builder = self.builder
         bounded = self.larger(x, self.splat(SMALLEST))
         whole = self.call("llvm.rint.v16f32", VECTOR, [builder.fmul(bounded, self.splat(1 / math.log(2)))])
