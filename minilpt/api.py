@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from . import backends, pruning, ragged
 from .config import ModelConfig, read_config
+from .compiled_engine import CompiledEngine
 from .engine import Engine, Forward
 from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError
+from .numpy_engine import NumpyEngine
 from .pruning import Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
@@ -79,7 +81,8 @@ def load(
     folder = resolve(name_or_path)
     config = read_config(folder)
     chosen = _pruning(folder, config, pruning)
-    engine = Engine(config, checkpoint.load_weights(folder, config), chosen.rule if chosen else None, backend)
+    make = CompiledEngine if backend.name == "numba" else NumpyEngine
+    engine = make(config, checkpoint.load_weights(folder, config), chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
     except (TokenizerError, DependencyError) as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+import sys
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
 
-from . import kernels
-from .errors import BackendError
+from .errors import BackendError, MinilptWarning
+from .kernels import isa
+from .threads import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 
 # Device -> why it cannot be used. A backend that arrives takes its device off this table.
 UNAVAILABLE = {"cuda": "this release of minilpt has CPU kernels only"}
@@ -19,20 +20,25 @@ UNAVAILABLE = {"cuda": "this release of minilpt has CPU kernels only"}
 
 @dataclass(frozen=True)
 class Backend:
-    """name: which kernels; kernels: operation name -> function; threads: those that BLAS uses, None if unknown."""
+    """name: "numba" or "numpy"; threads: of this engine, or BLAS's for numpy; rung: the instruction set, if numba.
+
+    reason: why the compiled kernels are not used, if they are not.
+    """
 
     name: str
     device: str
     precision: str
-    threads: int | None
-    kernels: Mapping[str, Callable[..., Any]]
+    threads: int
+    rung: str | None = None
+    reason: str | None = None
 
 
 def choose(device: str, precision: str, threads: int | None) -> Backend:
     """The backend for these wishes; BackendError says why there is none.
 
-    NumPy's matrix products run on BLAS, which has one thread count for the whole process: `threads` sets it, None
-    leaves it as it is.
+    Compiled kernels run on `threads` threads of their own, by default one for each usable core. Where Numba is missing
+    NumPy takes over in fp32, with one warning; its products run on BLAS, which has one thread count for the whole
+    process: `threads` sets it, None leaves it as it is.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}")
@@ -44,22 +50,32 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
         )
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a positive integer or None, found {threads!r}")
-    return Backend("numpy", "cpu", precision, _blas_threads(threads), kernels.NUMPY)
+    reason = _why_not_compiled()
+    if reason is None:
+        try:
+            rung = isa.chosen().name
+        except ValueError as error:
+            raise BackendError(str(error)) from None
+        return Backend("numba", "cpu", precision, threads or usable_cores(), rung)
+    if precision != "fp32":
+        raise BackendError(f"precision {precision!r} needs the compiled kernels: {reason}")
+    warnings.warn(f"{reason}; running on NumPy, which is slower", MinilptWarning, stacklevel=3)
+    return Backend("numpy", "cpu", precision, _blas_threads(threads), reason=reason)
 
 
-def _blas_threads(wanted: int | None) -> int | None:
+def _why_not_compiled() -> str | None:
+    if sys.byteorder != "little":
+        return "the compiled kernels are for little-endian machines"
+    if find_spec("numba") is None:
+        return "numba is not installed (pip install numba)"
+    return None
+
+
+def _blas_threads(wanted: int | None) -> int:
     """Set BLAS's thread count where one is wanted, and read it back."""
     from threadpoolctl import threadpool_info, threadpool_limits
 
     if wanted is not None:
         threadpool_limits(wanted, user_api="blas")
     counts = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
-    return max(counts, default=None)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity mask
-        return os.cpu_count() or 1
+    return max(counts, default=1)

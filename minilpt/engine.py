@@ -1,21 +1,19 @@
-"""The forward pass over a ragged batch: pruned rows are really removed, and every later product is smaller.
+"""What every engine takes and gives: a ragged batch in, pruned rows really removed, the record of the run out.
 
-It computes what `reference.py` specifies, with packed rows for everything that treats tokens alike and a loop over
-sequences for attention. Legend: B sequences, N packed tokens, H heads, D width, F inner width, L layers.
+Engines compute what `reference.py` specifies. Legend: B sequences, N packed tokens, H heads, D width, F inner width,
+L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import pruning, ragged
+from . import pruning
 from .backends import Backend
 from .config import ModelConfig
 from .pruning import KeepRule
@@ -24,6 +22,7 @@ from .ragged import TokenBatch
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Kept = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,9 @@ class Forward:
     logits: (B, labels) float32. kept_tokens: (L, B) int32, the rows that each layer's feed-forward computed; without
     trace the last layer computes the first row only. executed_flops, dense_flops: (B,) int64.
     With trace only, else None: attention_lengths and ffn_lengths, (L, B) int32, live tokens before and after each
-    layer's pruning, and counted_flops, (B,) int64, as the paper counts.
+    layer's pruning; counted_flops, (B,) int64, as the paper counts; masses and kept, for each layer (N_l,) float32 and
+    bool over its N_l = attention_lengths[l].sum() live tokens, sequence after sequence: the attention that each token
+    receives, summed over queries and averaged over heads, and whether it goes on.
     """
 
     logits: Float32
@@ -43,150 +44,38 @@ class Forward:
     attention_lengths: Int32 | None = None
     ffn_lengths: Int32 | None = None
     counted_flops: Int64 | None = None
+    masses: tuple[Float32, ...] | None = None
+    kept: tuple[Kept, ...] | None = None
 
 
-class Linear(NamedTuple):
-    """weight: (outputs, inputs) float32 whose transpose is C-contiguous, as BLAS likes it; bias: (outputs,)."""
+class Engine(Protocol):
+    """A model's weights and a keep rule, ready to run. Safe to share between threads."""
 
-    weight: Float32
-    bias: Float32
-
-
-class Norm(NamedTuple):
-    """weight, bias: (D,) float32."""
-
-    weight: Float32
-    bias: Float32
-
-
-class Layer(NamedTuple):
-    """One encoder layer's weights."""
-
-    query: Linear
-    key_value: Linear
-    attention_output: Linear
-    attention_norm: Norm
-    inner: Linear
-    outer: Linear
-    outer_norm: Norm
-
-
-class Engine:
-    """Weights laid out for one backend, a keep rule, and the layer loop. Immutable: safe to share between threads."""
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], rule: KeepRule | None, backend: Backend):
-        self.config, self.rule, self.backend = config, rule, backend
-        kernels = backend.kernels
-        self._linear, self._layer_norm = kernels["linear"], kernels["layer_norm"]
-        self._probs, self._mass = kernels["attention_probs"], kernels["attention_mass"]
-        self._context = kernels["attention_context"]
-        self._activation = kernels[config.activation]
-        self._head_activation = kernels[config.head_activation]
-        self._tables = {name: weights[f"embeddings.{name}.weight"] for name in ("word", "position")}
-        self._segments = weights["embeddings.segment.weight"] if config.segments else None
-        self._embedding_norm = _norm(weights, "embeddings.norm")
-        projected = config.embedding_width != config.width
-        self._project = _linear(weights, "embeddings.project") if projected else None
-        self._layers = [_layer(weights, f"layers.{layer}.") for layer in range(config.layers)]
-        self._head = _linear(weights, "head.dense"), _linear(weights, "head.out")
+    config: ModelConfig
+    backend: Backend
+    rule: KeepRule | None
 
     def with_rule(self, rule: KeepRule | None) -> Engine:
         """The same weights, shared, under another keep rule."""
-        engine = copy(self)
-        engine.rule = rule
-        return engine
 
     def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
         """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
-        x, cu_seqlens = self._embed(batch), batch.cu_seqlens  # (N, D), (B + 1,)
-        n_initial = ragged.lengths(cu_seqlens)
-        before, after = [], []
-        for layer in range(self.config.layers):
-            before.append(ragged.lengths(cu_seqlens))
-            if layer == self.config.layers - 1 and not trace:
-                x, cu_seqlens = self._first_row_layer(layer, x, cu_seqlens)
-            else:
-                x, cu_seqlens = self._full_layer(layer, x, cu_seqlens, n_initial)
-            after.append(ragged.lengths(cu_seqlens))
-        logits = self._classify(x[cu_seqlens[:-1]])
-        n_attention, n_ffn = np.stack(before), np.stack(after)
-        executed = pruning.executed_flops(self.config, n_attention, n_ffn, first_row_only=not trace)
-        dense = pruning.dense_flops(self.config, n_initial)
-        if not trace:
-            return Forward(logits, n_ffn, executed, dense)
-        counted = pruning.counted_flops(self.config, n_attention, n_ffn)
-        return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted)
-
-    def _embed(self, batch: TokenBatch) -> Float32:
-        x: Float32 = self._tables["word"][batch.ids] + self._tables["position"][batch.positions]
-        if self._segments is not None:
-            x += self._segments[batch.segments]
-        x = self._layer_norm(x, *self._embedding_norm, self.config.eps)
-        return x if self._project is None else self._linear(x, *self._project)
-
-    def _full_layer(self, layer: int, x: Float32, cu_seqlens: Int32, n_initial: Int32) -> tuple[Float32, Int32]:
-        """Attention over all rows, the rule, and the rest for the kept rows. Returns (N', D) rows, (B + 1,) bounds."""
-        weights = self._layers[layer]
-        q, kv = self._linear(x, *weights.query), self._linear(x, *weights.key_value)
-        context, keep = [x[:0]], [np.zeros(0, dtype=bool)]  # of no sequence at all, to begin with
-        for b, (begin, end) in enumerate(_spans(cu_seqlens)):
-            k, v = np.split(kv[begin:end], 2, axis=1)
-            probs = self._probs(q[begin:end], k, self.config.heads)
-            kept = np.ones(end - begin, dtype=bool)
-            if self.rule is not None and self.rule.active(layer):
-                kept = self.rule.keep(self._mass(probs), layer, int(n_initial[b]))
-                probs = probs[:, kept]
-            context.append(self._context(probs, v))
-            keep.append(kept)
-        rows, cu_seqlens = ragged.compact(np.concatenate(keep), cu_seqlens)
-        return self._rest_of_layer(weights, x[rows], np.concatenate(context)), cu_seqlens
-
-    def _first_row_layer(self, layer: int, x: Float32, cu_seqlens: Int32) -> tuple[Float32, Int32]:
-        """The last layer for a classifier: one query row per sequence against all its keys. Exact. (B, D), (B + 1,)."""
-        weights = self._layers[layer]
-        first = x[cu_seqlens[:-1]]
-        q, kv = self._linear(first, *weights.query), self._linear(x, *weights.key_value)
-        context = [x[:0]]  # of no sequence at all, to begin with
-        for b, (begin, end) in enumerate(_spans(cu_seqlens)):
-            k, v = np.split(kv[begin:end], 2, axis=1)
-            context.append(self._context(self._probs(q[b : b + 1], k, self.config.heads), v))
-        return self._rest_of_layer(weights, first, np.concatenate(context)), ragged.boundaries([1] * len(first))
-
-    def _rest_of_layer(self, weights: Layer, x: Float32, context: Float32) -> Float32:
-        """Output projection, feed-forward, and the two residual norms. x, context: (N', D)."""
-        attended = self._linear(context, *weights.attention_output)
-        x = self._layer_norm(x + attended, *weights.attention_norm, self.config.eps)
-        inner = self._activation(self._linear(x, *weights.inner))
-        return self._layer_norm(x + self._linear(inner, *weights.outer), *weights.outer_norm, self.config.eps)
-
-    def _classify(self, first: Float32) -> Float32:
-        """(B, D) first rows to (B, labels) logits."""
-        dense, out = self._head
-        return self._linear(self._head_activation(self._linear(first, *dense)), *out)
 
 
-def _spans(cu_seqlens: Int32) -> list[tuple[int, int]]:
-    return list(pairwise(cu_seqlens.tolist()))
+def outcome(
+    config: ModelConfig,
+    logits: Float32,
+    n_attention: Int32,
+    n_ffn: Int32,
+    traced: tuple[Sequence[Float32], Sequence[Kept]] | None,
+) -> Forward:
+    """The record of a run. n_attention, n_ffn: (L, B) int32, live tokens before and after each layer's pruning.
 
-
-def _linear(weights: Mapping[str, Float32], *names: str) -> Linear:
-    """One layer, or several that read the same rows, stacked along their outputs."""
-    weight = np.concatenate([weights[f"{name}.weight"] for name in names])
-    bias = np.concatenate([weights[f"{name}.bias"] for name in names])
-    return Linear(np.ascontiguousarray(weight.T).T, bias)
-
-
-def _norm(weights: Mapping[str, Float32], name: str) -> Norm:
-    return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def _layer(weights: Mapping[str, Float32], at: str) -> Layer:
-    return Layer(
-        query=_linear(weights, f"{at}query"),
-        key_value=_linear(weights, f"{at}key", f"{at}value"),
-        attention_output=_linear(weights, f"{at}attention_output"),
-        attention_norm=_norm(weights, f"{at}attention_norm"),
-        inner=_linear(weights, f"{at}inner"),
-        outer=_linear(weights, f"{at}outer"),
-        outer_norm=_norm(weights, f"{at}outer_norm"),
-    )
+    traced: masses and kept of every layer, None for a run without trace.
+    """
+    executed = pruning.executed_flops(config, n_attention, n_ffn, first_row_only=traced is None)
+    dense = pruning.dense_flops(config, n_attention[0])
+    if traced is None:
+        return Forward(logits, n_ffn, executed, dense)
+    counted = pruning.counted_flops(config, n_attention, n_ffn)
+    return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted, *map(tuple, traced))

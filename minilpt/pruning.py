@@ -14,13 +14,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .config import LARGEST, LtpSettings, ModelConfig, read_json
 from .errors import PruningError
+from .kernels import blocks
 
 Float32 = NDArray[np.float32]
 Keep = NDArray[np.bool_]
@@ -32,6 +33,18 @@ SCHEMA_VERSION = 1
 FILE_NAME = "ltp.json"
 
 
+class Step(NamedTuple):
+    """What a rule asks of one layer, in the words of the compiled kernels (`kernels.blocks.RULE`).
+
+    kind: ABSOLUTE (mass / denominator >= value), RELATIVE (mass / max >= value), COUNT (the round(n_initial * value)
+    largest) or KEEP_ALL. denominator: a number, INITIAL or LIVE.
+    """
+
+    kind: int = blocks.KEEP_ALL
+    denominator: int = 0
+    value: np.float32 = np.float32(0)
+
+
 class KeepRule(Protocol):
     """What the forward pass asks of a rule."""
 
@@ -40,6 +53,9 @@ class KeepRule(Protocol):
 
     def keep(self, mass: Float32, layer: int, n_initial: int) -> Keep:
         """(n,) bool: the tokens that go on. mass: (n,) float32; n_initial: the sequence's length before layer 0."""
+
+    def step(self, layer: int) -> Step:
+        """The same rule for the compiled kernels, for an active layer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,15 @@ class Threshold:
 
     def keep(self, mass: Float32, layer: int, n_initial: int) -> Keep:
         score = mass / np.float32(self.denominator(len(mass), n_initial))
-        return _pinned(score >= max(SCORE_FLOOR, np.float32(self.thresholds[layer])))
+        return _pinned(score >= self._lowest(layer))
+
+    def step(self, layer: int) -> Step:
+        named = {"initial": blocks.INITIAL, "live": blocks.LIVE}
+        denominator = named.get(self.score_denominator, self.score_denominator)
+        return Step(blocks.ABSOLUTE, denominator, self._lowest(layer))
+
+    def _lowest(self, layer: int) -> np.float32:
+        return max(SCORE_FLOOR, np.float32(self.thresholds[layer]))
 
     def denominator(self, n_live: int, n_initial: int) -> int:
         """Z for a sequence with these lengths."""
@@ -87,6 +111,9 @@ class Relative:
     def keep(self, mass: Float32, layer: int, n_initial: int) -> Keep:
         return _pinned(mass / mass.max() >= np.float32(self.token_threshold))
 
+    def step(self, layer: int) -> Step:
+        return Step(blocks.RELATIVE, 0, np.float32(self.token_threshold))
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -115,6 +142,9 @@ class TopK:
         keep = np.zeros(len(mass), dtype=bool)
         keep[others[: count - 1]] = True
         return _pinned(keep)
+
+    def step(self, layer: int) -> Step:
+        return Step(blocks.COUNT, 0, np.float32(self.rate(layer)))
 
 
 def _pinned(keep: Keep) -> Keep:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,25 @@ from numpy.typing import NDArray
 from . import ragged
 from .config import ModelConfig
 from .pruning import KeepRule
+from .quantize import Quantized
 
 Array = NDArray[np.floating]
-Weights = Mapping[str, Array]
+Keep = NDArray[np.bool_]
+Weights = Mapping[str, Any]  # Array, or Quantized for the matrices of precision "int8"
 
 
 @dataclass(frozen=True)
 class Traced:
-    """logits (labels,), and per layer the live tokens before (n_attention) and after (n_ffn) its pruning, (L,)."""
+    """logits (labels,), and per layer the live tokens before (n_attention) and after (n_ffn) its pruning, (L,).
+
+    masses, kept: per layer (n_attention,), what each live token receives and whether it goes on.
+    """
 
     logits: Array
     n_attention: list[int]
     n_ffn: list[int]
     masses: list[Array]
+    kept: list[Keep]
 
 
 def forward(
@@ -37,13 +44,14 @@ def forward(
 ) -> Traced:
     """Classify one sequence. ids, segments: (n,) int32, special tokens included."""
     x = embed(weights, config, ids, segments)  # (n, D)
-    n_attention, n_ffn, masses = [], [], []
+    n_attention, n_ffn, masses, kept = [], [], [], []
     for layer in range(config.layers):
         n_attention.append(len(x))
-        x, mass = encoder_layer(weights, config, rule, layer, x, n_initial=len(ids))  # (n', D), (n,)
+        x, mass, keep = encoder_layer(weights, config, rule, layer, x, n_initial=len(ids))  # (n', D), (n,), (n,)
         n_ffn.append(len(x))
         masses.append(mass)
-    return Traced(head(weights, config, x[0]), n_attention, n_ffn, masses)
+        kept.append(keep)
+    return Traced(head(weights, config, x[0]), n_attention, n_ffn, masses, kept)
 
 
 def embed(weights: Weights, config: ModelConfig, ids: NDArray[np.int32], segments: NDArray[np.int32]) -> Array:
@@ -61,8 +69,8 @@ def embed(weights: Weights, config: ModelConfig, ids: NDArray[np.int32], segment
 
 def encoder_layer(
     weights: Weights, config: ModelConfig, rule: KeepRule | None, layer: int, x: Array, n_initial: int
-) -> tuple[Array, Array]:
-    """Attention, pruning, feed-forward. x: (n, D). Returns the kept rows, (n', D), and the masses, (n,)."""
+) -> tuple[Array, Array, Keep]:
+    """Attention, pruning, feed-forward. x: (n, D). Returns the kept rows, (n', D), the masses, and who is kept, (n,)."""
 
     def projected(name: str, rows: Array) -> Array:
         return linear(rows, weights[f"layers.{layer}.{name}.weight"], weights[f"layers.{layer}.{name}.bias"])
@@ -80,7 +88,7 @@ def encoder_layer(
     context = attention_context(probs[:, keep], v)  # (n', D): kept queries, all keys
     x = normed("attention_norm", x[keep] + projected("attention_output", context))  # (n', D)
     inner = ACTIVATIONS[config.activation](projected("inner", x))  # (n', F)
-    return normed("outer_norm", x + projected("outer", inner)), mass  # (n', D), (n,)
+    return normed("outer_norm", x + projected("outer", inner)), mass, keep  # (n', D), (n,), (n,)
 
 
 def head(weights: Weights, config: ModelConfig, first: Array) -> Array:
@@ -90,9 +98,22 @@ def head(weights: Weights, config: ModelConfig, first: Array) -> Array:
     return linear(hidden, weights["head.out.weight"], weights["head.out.bias"])  # (labels,)
 
 
-def linear(x: Array, weight: Array, bias: Array) -> Array:
+def linear(x: Array, weight: Array | Quantized, bias: Array) -> Array:
     """x W^T + b. x: (..., K), weight: (M, K), bias: (M,). Returns (..., M)."""
+    if isinstance(weight, Quantized):
+        return linear_int8(x, weight.rows, weight.scale, bias)
     return x @ weight.T + bias
+
+
+def linear_int8(x: Array, weight: NDArray[np.int8], scale: Array, bias: Array) -> Array:
+    """x W^T + b with each row of x quantised to [-127, 127]. x: (..., K), weight: (M, K), scale, bias: (M,).
+
+    The sums of integers are exact. A row whose largest is below 127 times float32's smallest normal number is zeros.
+    """
+    largest = np.abs(x).max(axis=-1, keepdims=True)  # (..., 1)
+    factor = np.divide(127, largest, out=np.zeros_like(largest), where=largest >= 127 * np.finfo(np.float32).tiny)
+    sums = np.rint(x * factor).astype(np.float64) @ weight.T.astype(np.float64)  # (..., M), below 2^53
+    return (sums * (largest / 127 * scale) + bias).astype(x.dtype)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minilpt.config import ModelConfig, read_config
-from minilpt.pruning import KeepRule
+from minilpt.quantize import quantize_layers, quantize_rows
 from minilpt.weights import checkpoint
 
 import tolerances
@@ -62,31 +63,59 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Twin:
-    """One checkpoint three times: its folder, the torch model in float64, and the weights for the reference."""
+    """One checkpoint several times: its folder, the torch model in float64, and weights.
+
+    stored: float32, as the engines get them; weights, exact: in float32 and float64, as the reference gets them, with
+    the layers' matrices quantised where precision is "int8".
+    """
 
     folder: Path
     model: transformers.PreTrainedModel
     config: ModelConfig
+    precision: str
+    stored: Mapping[str, NDArray[np.float32]]
     weights: tolerances.Weights
     exact: tolerances.Weights
 
 
-def build(folder: Path, architecture: str, labels: int = 3, seed: int = 0, **settings: Any) -> Twin:
+def build(folder: Path, architecture: str, labels: int = 3, precision: str = "fp32", **settings: Any) -> Twin:
     """A random classifier of transformers, saved with save_pretrained. settings: of its configuration class."""
     prefix, shape = ARCHITECTURES[architecture]
     config = getattr(transformers, f"{prefix}Config")(**shape | {"num_labels": labels} | settings)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
     _spread(model)
     model.save_pretrained(folder)
-    return twin_of(folder, model)
+    return twin_of(folder, model, precision)
 
 
-def twin_of(folder: Path, model: transformers.PreTrainedModel) -> Twin:
+def twin_of(folder: Path, model: transformers.PreTrainedModel, precision: str = "fp32") -> Twin:
     """The torch model with the folder that holds its weights."""
     config = read_config(folder)
-    weights = checkpoint.load_weights(folder, config)
-    return Twin(folder, model.double().eval(), config, weights, tolerances.widened(weights))
+    stored = weights = checkpoint.load_weights(folder, config)
+    if precision == "int8":
+        weights = quantize_layers(stored)
+        base = model.base_model
+        for module in list((base.transformer if config.family == "distilbert" else base.encoder).modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, Int8Linear(child))
+    return Twin(folder, model.double().eval(), config, precision, stored, weights, tolerances.widened(weights))
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with int8 weights per output and inputs quantised row by row, in float64."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        rows, scale = quantize_rows(linear.weight.detach().numpy())
+        self.rows, self.scale, self.bias = torch.from_numpy(rows).double(), torch.from_numpy(scale), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., K) float64; returns (..., M)."""
+        step = x.abs().amax(-1, keepdim=True) / 127
+        whole = torch.where(step > torch.finfo(torch.float32).tiny, (x / step).round(), 0)
+        return (whole @ self.rows.T) * step * self.scale.double() + self.bias
 
 
 def golden_twin(folder: Path) -> Twin:
@@ -242,32 +271,16 @@ class Step(NamedTuple):
     mass: NDArray[np.floating] | None
 
 
-class Recorder:
-    """A keep rule that lets another one decide and writes down what it saw and said: (layer, mass, kept)."""
-
-    def __init__(self, rule: KeepRule):
-        self.rule = rule
-        self.calls: list[tuple[int, NDArray[np.floating], NDArray[np.bool_]]] = []
-
-    def active(self, layer: int) -> bool:
-        return self.rule.active(layer)
-
-    def keep(self, mass: NDArray[Any], layer: int, n_initial: int) -> NDArray[np.bool_]:
-        kept = self.rule.keep(mass, layer, n_initial)
-        self.calls.append((layer, mass.copy(), kept.copy()))
-        return kept
-
-    def replay(self, lengths: Sequence[int], layers: int) -> list[list[Step]]:
-        """Per sequence and layer, what the rule saw and which tokens went on."""
-        calls, places = iter(self.calls), [np.arange(n) for n in lengths]
-        steps: list[list[Step]] = [[] for _ in lengths]
-        for layer in range(layers):
-            for b, place in enumerate(places):
-                mass = None
-                if self.active(layer):
-                    asked, mass, kept = next(calls)
-                    assert asked == layer
-                    places[b] = place[kept]
-                steps[b].append(Step(places[b].tolist(), mass))
-        assert next(calls, None) is None, "the rule was asked more often than once per layer and sequence"
-        return steps
+def steps_of(
+    lengths: Sequence[int], masses: Sequence[NDArray[np.floating]], kept: Sequence[NDArray[np.bool_]]
+) -> list[list[Step]]:
+    """Per sequence and layer, the masses and which tokens went on. masses, kept: as `minilpt.engine.Forward` has them."""
+    places = [np.arange(n) for n in lengths]
+    steps: list[list[Step]] = [[] for _ in lengths]
+    for mass, goes_on in zip(masses, kept, strict=True):
+        bounds = np.cumsum([0, *map(len, places)])
+        assert len(mass) == len(goes_on) == bounds[-1]
+        for b, (begin, end) in enumerate(pairwise(bounds)):
+            places[b] = places[b][goes_on[begin:end]]
+            steps[b].append(Step(places[b].tolist(), mass[begin:end]))
+    return steps

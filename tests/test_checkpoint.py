@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import minilpt
+from minilpt import quantize
 from minilpt.config import read_config
 from minilpt.weights import checkpoint, names, save
 
@@ -105,8 +106,8 @@ def test_bfloat16_and_float16_checkpoints_equal_torch_s_own_widening(folder: Pat
 @example(np.array([[1e-40, 3e-41], [0, 0], [2e-36, 1e-36]], np.float32))
 def test_int8_rows_are_off_by_half_a_step_at_most(weight: NDArray[np.float32]) -> None:
     """Half the row's scale, and 128 times float32's rounding of the division and the product."""
-    quantized, scale = checkpoint.quantize_rows(weight)
-    found = checkpoint.dequantize_rows(quantized, scale)
+    quantized, scale = quantize.quantize_rows(weight)
+    found = quantize.dequantize_rows(quantized, scale)
     assert (quantized.dtype, scale.dtype, found.dtype) == (np.int8, np.float32, np.float32)
     assert np.abs(quantized.astype(int)).max() <= 127
     rounding = 128 * np.finfo(np.float32).eps

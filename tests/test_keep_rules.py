@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 import minilpt
-from minilpt import kernels, pruning
+from minilpt import backends, kernels, numpy_engine, pruning
 from minilpt.config import ModelConfig, read_config
 from minilpt.pruning import Ramp, Relative, Threshold, TopK
 
@@ -231,9 +231,11 @@ def test_executed_flops_are_what_the_kernels_multiply(
         "attention_context": lambda probs, v: len(probs) * product(*probs.shape[1:], v.shape[1] // len(probs)),
     }
     wrapped = {door: counting(kernels.NUMPY[door], flops) for door, flops in doors.items()}
-    monkeypatch.setattr(kernels, "NUMPY", {**kernels.NUMPY, **wrapped})
+    monkeypatch.setattr(numpy_engine, "NUMPY", {**kernels.NUMPY, **wrapped})
+    monkeypatch.setattr(backends, "_why_not_compiled", lambda: "NumPy is tested here")
     folder = checkpoints.write(tmp_path, checkpoints.config(num_hidden_layers=4))
-    model = minilpt.load(folder, pruning=rule)
+    with pytest.warns(minilpt.MinilptWarning, match="NumPy is tested here"):
+        model = minilpt.load(folder, pruning=rule)
     draw = np.random.default_rng(7)
     found = model.forward([draw.integers(5, 60, n).tolist() for n in (1, 2, 11, 40)], trace=trace)
     assert found.executed_flops.sum() == sum(done[:-2])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..config import ModelConfig, read_json
 from ..errors import ModelFileError, WeightsError
+from ..quantize import dequantize_rows
 from . import names
 
 Float32 = NDArray[np.float32]
@@ -183,22 +184,6 @@ def _read(stored: Mapping[str, Stored], name: str) -> Float32:
     if entry.dtype == "I8":
         return dequantize_rows(entry.read(), stored[name + SCALE_SUFFIX].widened())
     return entry.widened()
-
-
-def quantize_rows(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """Symmetric int8 per row, for storage: ((M, K) int8 in [-127, 127], (M,) float32 scales).
-
-    The error of each element is at most half its row's scale, max|row| / 254. A row without a value of 1.5e-36, whose
-    scale would be subnormal, becomes zeros.
-    """
-    largest = np.abs(weight).max(axis=1)
-    scale = (np.where(largest > 127 * np.finfo(np.float32).tiny, largest, 1) / 127).astype(np.float32)
-    return np.rint(weight / scale[:, None]).astype(np.int8), scale
-
-
-def dequantize_rows(quantized: NDArray[np.int8], scale: Float32) -> Float32:
-    """(M, K) float32 from int8 rows and their (M,) scales."""
-    return quantized.astype(np.float32) * scale[:, None]
 
 
 def _listed(items: list[str], most: int = 8) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import SCALE_SUFFIX, SINGLE, quantize_rows
+from ..quantize import quantize_rows
+from .checkpoint import SCALE_SUFFIX, SINGLE
 
 
 def save_weights(folder: Path, tensors: Mapping[str, NDArray[np.float32]], *, int8_rows: bool = False) -> Path:

@@ -1,1 +1,1 @@
-"""Kernels compiled at run time by Numba from generated LLVM IR: the same operations on any CPU, one rung at a time."""
+"""Kernels as Numba functions over generated LLVM IR, compiled to one object file by `build.py`; nothing here runs in Python."""

@@ -5,105 +5,141 @@ Sums run over 16 lanes and then over the lanes in order: the same bits for a row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from .isa import LANES, chosen
+from ..isa import LANES, chosen
+from ..packing import LIMIT
 from .vector import F32, I8, I16, I64, INTEGERS, VECTOR, Emitter
 
 Value = Any
-LIMIT = 127  # int8 activations and weights lie in [-127, 127]
+Body = Callable[..., Any]
 
 
-def _vectors(emit: Emitter, count: Value) -> Value:
-    """Vectors of 16 that cover `count` elements."""
-    builder = emit.builder
-    return builder.sdiv(builder.add(count, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
+def _over_row(
+    emit: Emitter, count: Value, state: list[Value], step: Callable[[list[Value], Value, Value | None], list[Value]]
+) -> list[Value]:
+    """Fold step(state, first element, mask) over a row's vectors: mask is None for whole ones, lanes for the tail."""
+    builder, lanes = emit.builder, ir.Constant(I64, LANES)
+    whole, rest = builder.sdiv(count, lanes), builder.srem(count, lanes)
+    state = emit.loop(whole, state, lambda index, state: step(state, builder.mul(index, lanes), None))
+    at = builder.mul(whole, lanes)
+    tails = builder.zext(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), I64)  # none or one
+    mask = emit.lanes_below(at, count)
+    return emit.loop(tails, state, lambda index, state: step(state, at, mask))
 
 
-def _fold(emit: Emitter, address: Value, count: Value, first: Value, body: Any, *, write: bool = False) -> Value:
-    """Fold `state, x = body(state, x, offset, mask)` over a row's vectors, its tail masked; with write, x goes back."""
-    builder = emit.builder
+def _bytes(emit: Emitter, element: Value, size: int = 4) -> Value:
+    return emit.builder.mul(element, ir.Constant(I64, size))
 
-    def step(index: Value, state: list[Value]) -> list[Value]:
-        at = builder.mul(index, ir.Constant(I64, LANES))
-        mask, offset = emit.lanes_below(at, count), builder.mul(at, ir.Constant(I64, 4))
-        found, changed = body(state[0], emit.load_some(mask, address, offset), offset, mask)
-        if write:
-            emit.store_some(mask, changed, address, offset)
-        return [found]
 
-    return emit.loop(_vectors(emit, count), [first], step)[0]
+def _load(emit: Emitter, address: Value, at: Value, mask: Value | None) -> Value:
+    """Zeros where the mask is off."""
+    offset = _bytes(emit, at)
+    return emit.load(address, VECTOR, offset) if mask is None else emit.load_some(mask, address, offset)
+
+
+def _store(emit: Emitter, value: Value, address: Value, at: Value, mask: Value | None) -> None:
+    offset = _bytes(emit, at)
+    if mask is None:
+        emit.store(value, address, offset)
+    else:
+        emit.store_some(mask, value, address, offset)
+
+
+def _where(emit: Emitter, mask: Value | None, value: Value, otherwise: Value) -> Value:
+    return value if mask is None else emit.builder.select(mask, value, otherwise)
 
 
 @intrinsic
 def softmax_line(typingctx, address, count, scale):
-    """In place: softmax(scale * x) of `count` elements, scale > 0; returns nothing."""
+    """In place: softmax(scale * x) of `count` elements, scale > 0."""
 
     def code(context, builder, signature, arguments):
         address, count, scale = arguments
         emit = Emitter(builder)
-        lowest = emit.splat(-3.4028234663852886e38)
+        lowest, zero = emit.splat(-3.4028234663852886e38), emit.splat(0.0)
 
-        def maximum(best: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            return builder.select(mask, emit.larger(x, best), best), x
+        def maximum(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            return [emit.larger(_where(emit, mask, _load(emit, address, at, mask), lowest), state[0])]
 
-        peak = emit.splat(emit.largest(_fold(emit, address, count, lowest, maximum)))
+        peak = emit.splat(emit.largest(_over_row(emit, count, [lowest], maximum)[0]))
         factor = emit.splat(scale)
 
-        def exponential(total: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            power = emit.exp(builder.fmul(builder.fsub(x, peak), factor))
-            return builder.fadd(total, builder.select(mask, power, emit.splat(0.0))), power
+        def exponential(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            power = emit.exp(builder.fmul(builder.fsub(_load(emit, address, at, mask), peak), factor))
+            _store(emit, power, address, at, mask)
+            return [builder.fadd(state[0], _where(emit, mask, power, zero))]
 
-        total = emit.sum(_fold(emit, address, count, emit.splat(0.0), exponential, write=True))
+        total = emit.sum(_over_row(emit, count, [zero], exponential)[0])
         inverse = emit.splat(builder.fdiv(ir.Constant(F32, 1.0), total))
 
-        def normal(state: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            return state, builder.fmul(x, inverse)
+        def normal(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            _store(emit, builder.fmul(_load(emit, address, at, mask), inverse), address, at, mask)
+            return []
 
-        _fold(emit, address, count, emit.splat(0.0), normal, write=True)
+        _over_row(emit, count, [], normal)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), code
 
 
 @intrinsic
+def add_line(typingctx, target, source, count):
+    """target += source over `count` elements."""
+
+    def code(context, builder, signature, arguments):
+        target, source, count = arguments
+        emit = Emitter(builder)
+
+        def step(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            total = builder.fadd(_load(emit, target, at, mask), _load(emit, source, at, mask))
+            _store(emit, total, target, at, mask)
+            return []
+
+        _over_row(emit, count, [], step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
 def norm_line(typingctx, address, residual, out, weight, bias, count, eps):
-    """out = LayerNorm(x + residual) * weight + bias over `count` elements; x is overwritten. residual 0: none."""
+    """out = LayerNorm(x + residual) * weight + bias over `count` elements; x is overwritten. out may be x."""
 
     def code(context, builder, signature, arguments):
         address, residual, out, weight, bias, count, eps = arguments
         emit = Emitter(builder)
         zero = emit.splat(0.0)
         size = emit.splat(builder.sitofp(count, F32))
-        has_residual = builder.icmp_signed("!=", residual, ir.Constant(I64, 0))
-        nowhere = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
 
-        def add(total: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            wanted = builder.select(has_residual, mask, nowhere)
-            x = builder.fadd(x, emit.load_some(wanted, residual, offset))
-            return builder.fadd(total, x), x
+        def add(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            x = builder.fadd(_load(emit, address, at, mask), _load(emit, residual, at, mask))
+            _store(emit, x, address, at, mask)
+            return [builder.fadd(state[0], x)]
 
-        mean = builder.fdiv(emit.splat(emit.sum(_fold(emit, address, count, zero, add, write=True))), size)
+        mean = builder.fdiv(emit.splat(emit.sum(_over_row(emit, count, [zero], add)[0])), size)
 
-        def square(total: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            x = builder.select(mask, builder.fsub(x, mean), zero)
-            return emit.fma(x, x, total), x
+        def square(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            x = _where(emit, mask, builder.fsub(_load(emit, address, at, mask), mean), zero)
+            _store(emit, x, address, at, mask)
+            return [emit.fma(x, x, state[0])]
 
-        variance = builder.fdiv(emit.splat(emit.sum(_fold(emit, address, count, zero, square, write=True))), size)
+        variance = builder.fdiv(emit.splat(emit.sum(_over_row(emit, count, [zero], square)[0])), size)
         deviation = emit.call("llvm.sqrt.v16f32", VECTOR, [builder.fadd(variance, emit.splat(eps))])
         inverse = builder.fdiv(emit.splat(1.0), deviation)
 
-        def scale(state: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            factor = emit.load_some(mask, weight, offset)
-            x = emit.fma(builder.fmul(x, inverse), factor, emit.load_some(mask, bias, offset))
-            emit.store_some(mask, x, out, offset)
-            return state, x
+        def scale(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            x = builder.fmul(_load(emit, address, at, mask), inverse)
+            x = emit.fma(x, _load(emit, weight, at, mask), _load(emit, bias, at, mask))
+            _store(emit, x, out, at, mask)
+            return []
 
-        _fold(emit, address, count, zero, scale)
+        _over_row(emit, count, [], scale)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, types.float32), code
@@ -111,60 +147,37 @@ def norm_line(typingctx, address, residual, out, weight, bias, count, eps):
 
 @intrinsic
 def quantize_line(typingctx, address, out, count):
-    """Round(x * 127 / max|x|) in the rung's form (int8, uint8 + 128, int16); returns max|x| / 127 (float32).
+    """Round(x * 127 / max|x|) in the rung's form (uint8 with 128 added, or int16); returns max|x| / 127 (float32).
 
-    A row whose largest is below 127 times float32's smallest normal number becomes zeros. Writes whole vectors of 16:
-    `out` needs that room.
+    A row whose largest is below 127 times float32's smallest normal number becomes zeros. Writes whole vectors of 16,
+    zeros (of the form) behind the last element: `out` needs that room.
     """
 
     def code(context, builder, signature, arguments):
         address, out, count = arguments
         emit, rung = Emitter(builder), chosen()
+        narrow, offset_by = (I8, 128) if rung.int8 == "dot" else (I16, 0)
 
-        def size(best: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            return emit.larger(best, emit.call("llvm.fabs.v16f32", VECTOR, [x])), x
+        def size(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            return [emit.larger(state[0], emit.call("llvm.fabs.v16f32", VECTOR, [_load(emit, address, at, mask)]))]
 
-        largest = emit.largest(_fold(emit, address, count, emit.splat(0.0), size))
+        largest = emit.largest(_over_row(emit, count, [emit.splat(0.0)], size)[0])
         tiny = builder.fcmp_ordered("<", largest, ir.Constant(F32, 127 * 1.1754943508222875e-38))
         factor = builder.fdiv(ir.Constant(F32, float(LIMIT)), largest)
         factor = emit.splat(builder.select(tiny, ir.Constant(F32, 0.0), factor))
-        narrow, bytes_each = (I16, 2) if rung.int8 == "pairs" else (I8, 1)
-        offset_by = emit.splat(128 if rung.int8 == "dot" else 0, INTEGERS)
 
-        def round_(state: Value, x: Value, offset: Value, mask: Value) -> tuple[Value, Value]:
-            whole = emit.call("llvm.rint.v16f32", VECTOR, [builder.fmul(x, factor)])
-            integers = builder.add(builder.fptosi(whole, INTEGERS), offset_by)
-            place = builder.sdiv(builder.mul(offset, ir.Constant(I64, bytes_each)), ir.Constant(I64, 4))
+        def round_(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
+            whole = emit.call("llvm.rint.v16f32", VECTOR, [builder.fmul(_load(emit, address, at, mask), factor)])
+            integers = builder.add(builder.fptosi(whole, INTEGERS), emit.splat(offset_by, INTEGERS))
             value = builder.trunc(integers, ir.VectorType(narrow, LANES))
-            builder.store(value, emit.pointer(out, value.type, place), align=bytes_each)
-            return state, x
+            place = _bytes(emit, at, rung.item_bytes)
+            builder.store(value, emit.pointer(out, value.type, place), align=rung.item_bytes)
+            return []
 
-        _fold(emit, address, count, emit.splat(0.0), round_)
+        _over_row(emit, count, [], round_)
         return builder.fdiv(largest, ir.Constant(F32, float(LIMIT)))
 
     return types.float32(types.int64, types.int64, types.int64), code
-
-
-@intrinsic
-def dequantize_line(typingctx, address, out, factor, scale, bias, count):
-    """out = int32 sums * (factor * scale) + bias over `count` elements, a multiple of 16."""
-
-    def code(context, builder, signature, arguments):
-        address, out, factor, scale, bias, count = arguments
-        emit = Emitter(builder)
-        row = emit.splat(factor)
-
-        def step(index: Value, state: list[Value]) -> list[Value]:
-            offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
-            sums = builder.sitofp(emit.load(address, INTEGERS, offset), VECTOR)
-            both = builder.fmul(row, emit.load(scale, VECTOR, offset))
-            emit.store(emit.fma(sums, both, emit.load(bias, VECTOR, offset)), out, offset)
-            return []
-
-        emit.loop(_vectors(emit, count), [], step)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), code
 
 
 def _activation(name: str) -> Any:
@@ -175,13 +188,14 @@ def _activation(name: str) -> Any:
         def code(context, builder, signature, arguments):
             address, count = arguments
             emit = Emitter(builder)
+            vectors = builder.sdiv(count, ir.Constant(I64, LANES))
 
             def step(index: Value, state: list[Value]) -> list[Value]:
                 offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
                 emit.store(getattr(emit, name)(emit.load(address, VECTOR, offset)), address, offset)
                 return []
 
-            emit.loop(_vectors(emit, count), [], step)
+            emit.loop(vectors, [], step)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), code
@@ -189,4 +203,4 @@ def _activation(name: str) -> Any:
     return activate
 
 
-gelu_line, gelu_tanh_line, relu_line = (_activation(name) for name in ("gelu", "gelu_tanh", "relu"))
+gelu_line, gelu_tanh_line, relu_line, tanh_line = map(_activation, ("gelu", "gelu_tanh", "relu", "tanh"))

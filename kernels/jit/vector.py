@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from ..elementwise import ERFC_POLYNOMIAL, ERFC_SLOPE
-from .isa import LANES, chosen
+from ..isa import LANES, chosen
 
 F32, I32, I64, I8, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8), ir.IntType(16)
 VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -149,6 +149,14 @@ class Emitter:
         below = builder.fdiv(x, builder.fadd(self.splat(1.0), power))
         negative = builder.fcmp_ordered("<", u, self.splat(0.0))
         return builder.select(negative, builder.fmul(below, power), below)
+
+    def tanh(self, x: Value) -> Value:
+        """sign(x) (1 - p) / (1 + p), p = exp(-2 |x|). Absolute error below 2e-7 (tests/test_kernels.py)."""
+        builder = self.builder
+        size = self.call("llvm.fabs.v16f32", VECTOR, [x])
+        power = self.exp(builder.fmul(size, self.splat(-2.0)))
+        value = builder.fdiv(builder.fsub(self.splat(1.0), power), builder.fadd(self.splat(1.0), power))
+        return self.call("llvm.copysign.v16f32", VECTOR, [value, x])
 
     def relu(self, x: Value) -> Value:
         """max(x, 0)."""

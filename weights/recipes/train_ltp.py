@@ -32,7 +32,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checkpoint import SCALE_SUFFIX, dequantize_rows, quantize_rows
+from ...quantize import dequantize_rows, quantize_rows
+from ..checkpoint import SCALE_SUFFIX
 from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
 MAX_TOKENS = 128  # SST-2's longest sentence has 66

@@ -1,7 +1,8 @@
-"""The ladder of instruction sets: which vector instructions the generated kernels use on this machine.
+"""The ladder of instruction sets: which vector instructions the compiled kernels use on this machine.
 
 `MINILPT_ISA` names a rung and forces it (tests run every rung that a machine can execute); else the highest rung that
-the CPU has is taken. All rungs share one interface and, at int8, give the same integers.
+the CPU has is taken. Code is generated for the rung and never for the single machine, so what one machine has compiled
+serves every machine of the rung. At int8 all rungs give the same integers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Rung(NamedTuple):
     """rows x vectors of 16 columns: the register tile. fma: fused multiply-add is an instruction.
 
     int8: how int8 products are summed: "dot" (vpdpbusd, four at a time), or "pairs" (widened to int16, pmaddwd or
-    whatever LLVM finds). needs: LLVM's names of the CPU features.
+    whatever LLVM finds). needs: LLVM's names of the CPU features. cpu, features: what LLVM generates code for.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Rung(NamedTuple):
     fma: bool
     int8: str
     needs: tuple[str, ...]
+    cpu: str
+    features: str = ""
 
     @property
     def columns(self) -> int:
@@ -38,36 +41,31 @@ class Rung(NamedTuple):
         """Consecutive int8 weights of one output that stand together in a panel."""
         return 2 if self.int8 == "pairs" else 4
 
+    @property
+    def item_bytes(self) -> int:
+        """Of one quantised activation."""
+        return 2 if self.int8 == "pairs" else 1
 
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+_AVX2 = ("avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe")  # x86-64-v3, which Haswell began
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")  # x86-64-v4
 # 32 registers of one vector: 6 x 4 accumulators, 4 weights, 1 broadcast. 16 of half a vector: 6 x 1, twice over. 16 of
 # a quarter: 2 x 1, four times over.
 LADDER = (
-    Rung("avx512vnni", 6, 4, True, "dot", (*_AVX512, "avx512vnni")),
-    Rung("avx512", 6, 4, True, "pairs", _AVX512),
-    Rung("avx2", 6, 1, True, "pairs", ("avx2", "fma")),
-    Rung("portable", 2, 1, False, "pairs", ()),
+    Rung("avx512vnni", 6, 4, True, "dot", (*_AVX512, "avx512vnni"), "x86-64-v4", "+avx512vnni"),
+    Rung("avx512", 6, 4, True, "pairs", _AVX512, "x86-64-v4"),
+    Rung("avx2", 6, 1, True, "pairs", _AVX2, "x86-64-v3"),
+    Rung("portable", 2, 1, False, "pairs", (), "generic"),
 )
 
 
 @cache
 def usable() -> tuple[Rung, ...]:
     """The rungs that this machine can execute, highest first."""
-    from numba.core import config
-    from numba.core.codegen import get_host_cpu_features
+    from llvmlite import binding
 
-    features = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
-    if config.CPU_NAME and config.CPU_FEATURES is None:
-        features = _features_of(config.CPU_NAME, features)
-    has = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
+    has = {name for name, there in binding.get_host_cpu_features().items() if there}
     return tuple(rung for rung in LADDER if set(rung.needs) <= has)
-
-
-def _features_of(cpu: str, host: str) -> str:
-    """With NUMBA_CPU_NAME Numba compiles for that CPU only: of the host's features, those that we know it to have."""
-    if cpu == "haswell":
-        return "+avx2,+fma"
-    return "" if cpu == "generic" else host
 
 
 @cache

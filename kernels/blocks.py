@@ -1,0 +1,69 @@
+"""The records that compiled kernels read, as NumPy dtypes: what a C program would call its structs.
+
+A field is an int64 (a count, a stride in bytes, an address), a float32, or another record. Python and compiled code
+read them by name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# What the compiled entry can be asked to do (`jit/build.py`), and the activations that it knows.
+RUN_FORWARD, RUN_PRODUCT, RUN_QUANTIZE, RUN_NORM, RUN_ACTIVATE, RUN_PROBS, RUN_MASS, RUN_CONTEXT, RUN_KEEP = range(9)
+NONE, GELU, GELU_TANH, RELU, TANH = range(5)
+ACTIVATIONS = {"none": NONE, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "tanh": TANH}
+
+
+def _record(integers: str = "", floats: str = "", **nested: np.dtype[np.void]) -> np.dtype[np.void]:
+    fields = [*((name, np.int64) for name in integers.split()), *((name, np.float32) for name in floats.split())]
+    return np.dtype([*fields, *nested.items()])
+
+
+# A packed linear layer (`packing.Packed`): addresses of its arrays; depth: rows of one panel; count: panels.
+MATRIX = _record("panels start scale bias inputs outputs depth count is_int8")
+NORM = _record("weight bias")
+LAYER = _record(
+    query_key_value=MATRIX, attention_output=MATRIX, attention_norm=NORM, inner=MATRIX, outer=MATRIX, outer_norm=NORM
+)
+# width D; head_width: D / H padded to whole vectors; head_scale: 1 / sqrt(D / H); layer: address of L LAYER records.
+# word: address of (vocabulary, E) float32 rows, or int8 ones where word_scale, an address too, is not 0.
+MODEL = _record(
+    "width heads head_width layers labels embedding_width activation head_activation is_int8 word word_scale position"
+    " segment layer",
+    floats="eps head_scale",
+    embedding_norm=NORM,
+    project=MATRIX,
+    head_dense=MATRIX,
+    head_out=MATRIX,
+)
+
+# What one layer's keep rule asks for, see `minilpt.pruning.Step`.
+RULE = _record("kind denominator", floats="value")
+KEEP_ALL, ABSOLUTE, RELATIVE, COUNT = range(4)
+INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself
+
+# Packed rows, and where the results go: logits (B, labels) float32, n_attention and n_ffn (L, B) int32. masses and kept
+# are 0, or a trace's (L, N) float32 and bool: each layer's live tokens come first in its row.
+BATCH = _record(
+    "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits n_attention n_ffn masses"
+    " kept"
+)
+
+# Rows of activations: float32 at `floats` and, in an int8 model, quantised at `integers` with one factor each.
+ROWS = _record("floats stride integers integer_stride factors")
+
+# The scratch memory of one team of threads. Of what is `local_bytes` long every thread has its own.
+WORK = _record(
+    "chunk zeros barrier yield_core local local_bytes probs probs_bytes received received_bytes query_key_value"
+    " query_key_value_stride room room_stride",
+    x=ROWS,
+    first=ROWS,
+    context=ROWS,
+    attended=ROWS,
+    hidden=ROWS,
+)
+
+
+ROWS_OF_BLOCK = 96  # of a product: at K = 768, 74 KB of int8 or 295 KB of float32, which a second-level cache holds
+QUERIES = 24  # rows of probabilities that stay in the first-level cache between softmax and context
+CHUNK = 128  # rows of the sequences that go through a layer together

@@ -1,0 +1,58 @@
+"""The keep rules of `minilpt.pruning` on one sequence's attention masses."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import blocks
+from .memory import compiled
+
+
+@compiled
+def keep(mass, n, rule, n_initial, offset, kept, at):
+    """Write the places of the kept tokens, each plus `offset`, to kept[at:] in order; returns how many. Token 0 stays.
+
+    mass: (n,) float32, kept: int64, rule: a `blocks.RULE` record; n_initial: the length before layer 0.
+    """
+    if rule.kind == blocks.COUNT:
+        return _keep_largest(mass, n, _wanted(n_initial, rule.value), offset, kept, at)
+    divisor = np.float32(rule.denominator)
+    if rule.kind == blocks.RELATIVE:
+        divisor = mass[0]
+        for k in range(1, n):
+            divisor = max(divisor, mass[k])
+    elif rule.denominator == blocks.INITIAL:
+        divisor = np.float32(n_initial)
+    elif rule.denominator == blocks.LIVE:
+        divisor = np.float32(n)
+    count = 0
+    for k in range(n):
+        if k == 0 or rule.kind == blocks.KEEP_ALL or mass[k] / divisor >= rule.value:
+            kept[at + count] = offset + k
+            count += 1
+    return count
+
+
+@compiled
+def _wanted(n_initial, rate):
+    """n_initial * rate in float32, rounded half to even, at least 1."""
+    product = np.float32(n_initial) * rate
+    whole = np.int64(product)
+    rest = product - np.float32(whole)
+    if rest > np.float32(0.5) or (rest == np.float32(0.5) and whole % 2 == 1):
+        whole += 1
+    return max(1, whole)
+
+
+@compiled
+def _keep_largest(mass, n, wanted, offset, kept, at):
+    """Token 0 and the wanted - 1 largest others; ties go to the lower place."""
+    count = 0
+    for k in range(n):
+        rank = 1  # how many stand before k: the pinned token, and those with more mass
+        for j in range(1, n):
+            rank += mass[j] > mass[k] or (mass[j] == mass[k] and j < k)
+        if k == 0 or rank < wanted:
+            kept[at + count] = offset + k
+            count += 1
+    return count

@@ -1,0 +1,119 @@
+"""The compiled engine as a whole: the same bits whatever the batch, the threads and the order; and its scratch memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minilpt
+from minilpt import Classifier
+from minilpt.engine import Forward
+
+import checkpoints
+
+pytest.importorskip("numba", reason="compiled kernels need numba")
+
+RULES: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "threshold": {"rule": "threshold", "thresholds": [0, 0.6, 0.8, 0.9], "score_denominator": 1},
+    "relative": {"rule": "relative", "token_threshold": 0.3},
+    "topk": {"rule": "topk", "token_keep_rate": 0.4},
+    "first only": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1},
+}
+SHAPE = {"num_hidden_layers": 4, "max_position_embeddings": 512}
+Load = Callable[..., Classifier]
+LENGTHS = [1, 300, 5, 17, 64, 2, 129, 97, 40, 512, 3, 33]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A small BERT, loaded with any settings."""
+    folder = checkpoints.write(tmp_path_factory.mktemp("bert"), checkpoints.config(**SHAPE))
+    return partial(minilpt.load, folder)
+
+
+def sequences(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(5, 60, n).tolist() for n in lengths]
+
+
+def columns(result: Forward, places: Sequence[int]) -> list[Any]:
+    """What a result says of some sequences."""
+    values = [getattr(result, field.name) for field in fields(result) if field.name not in ("masses", "kept", "logits")]
+    return [result.logits[places].tolist(), *(v if v is None else v[..., places].tolist() for v in values)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_sequence_has_the_same_bits_alone_in_any_batch_in_any_order_and_with_any_threads(
+    load: Load, precision: str, rule: str, trace: bool
+) -> None:
+    rows = sequences(LENGTHS)
+    order = np.random.default_rng(1).permutation(len(rows)).tolist()
+    one, two, three = (load(precision=precision, pruning=RULES[rule], threads=count) for count in (1, 2, 3))
+    together = one.forward(rows, trace=trace)
+    for model in (two, three):
+        found = model.forward(rows, trace=trace)
+        assert columns(found, range(len(rows))) == columns(together, range(len(rows)))
+        if trace:
+            for name in ("masses", "kept"):
+                for mine, theirs in zip(getattr(found, name), getattr(together, name), strict=True):
+                    assert np.array_equal(mine, theirs)
+    shuffled = two.forward([rows[place] for place in order], trace=trace)
+    assert columns(shuffled, range(len(rows))) == columns(together, order)
+    for place, row in enumerate(rows):
+        for model in (one, three):
+            assert columns(model.forward([row], trace=trace), [0]) == columns(together, [place])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_all_tokens_but_the_first_can_go(load: Load, precision: str) -> None:
+    found = load(precision=precision, pruning=RULES["first only"]).forward(sequences([1, 30, 512]), trace=True)
+    assert found.ffn_lengths is not None
+    assert (found.ffn_lengths == 1).all()
+    assert np.isfinite(found.logits).all()
+
+
+def test_many_callers_share_one_model(load: Load) -> None:
+    model = load(threads=2, pruning=RULES["threshold"])
+    batches = [sequences(LENGTHS[start::5], seed) for seed, start in enumerate([0, 1, 2, 3, 4] * 6)]
+    expected = [model.forward(rows).logits.tolist() for rows in batches]
+    barrier = threading.Barrier(6)
+
+    def call(caller: int) -> list[Any]:
+        barrier.wait()
+        return [model.forward(rows).logits.tolist() for rows in batches[caller::6]]
+
+    with ThreadPoolExecutor(6) as pool:
+        for caller, found in enumerate(pool.map(call, range(6))):
+            assert found == expected[caller::6]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_answers_as_its_parent(load: Load) -> None:
+    model, rows = load(threads=2), sequences(LENGTHS)
+    expected = model.forward(rows).logits
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(model.forward(rows).logits, expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_rule_can_be_changed_and_changed_back(load: Load) -> None:
+    rows = sequences(LENGTHS)
+    model = load(pruning=None)
+    dense = model.forward(rows).logits
+    pruned = model.with_pruning(RULES["threshold"])
+    assert np.array_equal(pruned.forward(rows).logits, load(pruning=RULES["threshold"]).forward(rows).logits)
+    assert not np.array_equal(pruned.forward(rows).logits, dense)
+    assert np.array_equal(model.forward(rows).logits, dense)
