@@ -118,7 +118,6 @@ def test_every_number_of_labels(build: Build, precision: str, architecture: str,
     assert_equal_to_rounding(twin, oracles.draw_batch(twin, [7, 1, 30]))
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("width", "heads"), [(32, 1), (36, 3), (100, 5), (200, 2), (384, 12), (1024, 16)])
 def test_every_width(build: Build, precision: str, width: int, heads: int) -> None:
@@ -128,6 +127,7 @@ def test_every_width(build: Build, precision: str, width: int, heads: int) -> No
     assert_equal_to_rounding(twin, oracles.draw_batch(twin, [1, 7, 40]))
 
 
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", [name for name in oracles.ARCHITECTURES if name != "ibert"])
 def test_every_activation(build: Build, architecture: str, precision: str, activation: str) -> None:
@@ -146,15 +146,17 @@ def test_a_literal_pad_token_is_a_token(build: Build, architecture: str) -> None
     assert_equal_to_rounding(twin, [(row, [0] * len(row)) for row in ids])
 
 
-def test_the_int8_bounds_see_weights_that_are_not_quantised(build: Build) -> None:
-    """And the error of int8 itself: 8 bits less 23."""
+@pytest.mark.skipif(not COMPILED, reason="int8 needs the compiled kernels")
+def test_int8_is_as_near_to_its_truth_as_the_reference_in_float32(build: Build) -> None:
+    """Over many sequences, where rare flips average out; weights that are not quantised would be 20 times as far."""
     twin, plain = build("roberta", precision="int8"), build("roberta")
-    batch = oracles.draw_batch(twin, [3, 20, 38])
+    batch = oracles.draw_batch(twin, [*range(1, 41)] * 5)
     truth = oracles.transformers_logits(twin, batch)
-    cost = tolerances.cost_of(twin.weights, twin.exact, twin.config, None, batch)
-    error = np.abs(run_reference(plain, None, batch)[0] - truth).max()
-    assert error > 2 * tolerances.logits_bound(cost, truth)
-    assert error < 0.2 * np.abs(truth).max()
+    in_float32 = run_reference(replace(twin, exact=twin.weights), None, batch)[0]
+    by, other = forward(twin, engines(twin, None)["compiled"], batch).logits, oracles.transformers_logits(plain, batch)
+    errors = [float(np.abs(found - truth).mean()) for found in (in_float32, by, other)]
+    assert errors[1] <= 2 * errors[0], errors
+    assert errors[2] > 20 * max(errors[:2]), errors
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def compare(build: Build, precision: str, records: st.SearchStrategy[dict[str, A
     return tally
 
 
-@pytest.mark.parametrize(("precision", "cap"), [("fp32", 0.001), ("int8", 0.1)])
+@pytest.mark.parametrize(("precision", "cap"), [("fp32", 0.001), ("int8", 0.15)])
 def test_pruning_keeps_the_tokens_that_the_masked_emulation_keeps(
     build: Build, subtests: pytest.Subtests, precision: str, cap: float
 ) -> None:
@@ -462,14 +464,15 @@ def test_counted_flops_are_the_paper_s_formula_on_the_emulation_s_lengths(build:
 
 def test_inputs_and_weights_are_left_unchanged(build: Build) -> None:
     """They are made read-only, so that writing to one raises."""
-    twin = build("electra-narrow", seed=1)  # of its own, since it is changed
-    for tensor in twin.weights.values():
+    twin = build("electra-narrow", 4)  # of its own, since it is changed
+    for tensor in twin.stored.values():
         tensor.setflags(write=False)
     batch = [(np.array(ids), np.array(segments)) for ids, segments in oracles.draw_batch(twin, [9, 30])]
     for array in (array for pair in batch for array in pair):
         array.setflags(write=False)
     rule = pruning.Threshold((0.01, 0.02, 0.03), "initial")
-    for trace in (True, False):
-        run(twin, rule, batch, trace=trace)
+    for engine in engines(twin, rule).values():
+        for trace in (True, False):
+            forward(twin, engine, batch, trace=trace)
     for ids, segments in batch:
         reference.forward(twin.weights, twin.config, rule, ids, segments)
