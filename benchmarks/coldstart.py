@@ -63,7 +63,7 @@ def measure(bench: Bench, folder: Path) -> dict[str, Any]:
 def _start(name: str, folder: Path, cache: Path, threads: int) -> dict[str, Any]:
     program, which = PROGRAMS[name]
     command = [sys.executable, "-c", program, str(folder), which, str(threads), TEXT]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"MINILPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

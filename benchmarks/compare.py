@@ -176,7 +176,7 @@ def in_turns(bench: Bench, workers: dict[str, Worker], task: Callable[[Worker], 
 
 
 def throughput(bench: Bench, case: Path) -> dict[str, Any]:
-    """Settings, verification, seconds per round, peak memory of every engine on the case, and how idle the others were."""
+    """Of every engine on the case: settings, verification, seconds per round, peak memory; how idle the others were."""
     settings, verified, memory, idle = {}, {}, {}, []
     for name in bench.usable():
         try:

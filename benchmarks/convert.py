@@ -181,7 +181,7 @@ def write_answers(case: Path) -> None:
 
 
 def prepare_pruning(case: Path) -> None:
-    """`ltp.json` where there is none, and `pruned.json`: what it counts over `rows.json`, and the reference's answers."""
+    """`ltp.json` where there is none, and `pruned.json`: what it counts over `rows.json`, the reference's answers."""
     rule, rows = case / "ltp.json", files.read_json(case / "rows.json")
     if not rule.is_file():
         workloads.write_thresholds(case.parent, rows, rule)

@@ -131,9 +131,7 @@ def _open_ctranslate2(folder: Path, settings: Settings, threads: int) -> Run:
     import ctranslate2
 
     streams, head = settings.get("streams", 1), np.load(folder / "ctranslate2" / "head.npz")
-    dense, dense_bias, out, out_bias = (
-        head[name] for name in ("dense_weight", "dense_bias", "out_weight", "out_bias")
-    )
+    dense, dense_bias, out, out_bias = (head[name] for name in ("dense_weight", "dense_bias", "out_weight", "out_bias"))
     encoder = ctranslate2.Encoder(
         str(folder / "ctranslate2"),
         compute_type=settings.get("compute_type", "int8"),

@@ -26,14 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from minilpt.backends import usable_cores
+from minilpt.threads import usable_cores
 
 from . import coldstart, compare, files, texts, workloads
 from .convert import CONVERSIONS
 from .engines import ENGINES
 from .processes import ROOT, EngineError, convert
 
-WORK = ROOT / "build" / "peers"  # prepared models, about 5 GB; what is there is used again
+WORK = ROOT / "benchmarks" / "prepared"  # prepared models, about 5 GB; what is there is used again
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 DATA = ROOT.parent / "shared" / "data"
 PARTS = ("shapes", "bundled", "cold-start")

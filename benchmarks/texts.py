@@ -1,6 +1,6 @@
 """Real texts for the bundled model: SST-2 dev sentences and IMDB reviews, where the data is there.
 
-    DATA/glue/SST-2/dev.tsv, DATA/glue/SST-2/train.tsv (to calibrate OpenVINO), DATA/long/imdb_dev_2000.jsonl
+DATA/glue/SST-2/dev.tsv, DATA/glue/SST-2/train.tsv (to calibrate OpenVINO), DATA/long/imdb_dev_2000.jsonl
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Shape:
 class Lengths:
     """Token counts, special tokens included: exp(normal(mu, sigma)), rounded and clipped to low..high.
 
-    mu and sigma are the mean and standard deviation of the logarithm, rounded, over the development set's tokens (WordPiece
-    and byte-level BPE agree within 0.07); `sequences` is how many a full run takes.
+    mu and sigma are the mean and standard deviation of the logarithm, rounded, over the development set's tokens
+    (WordPiece and byte-level BPE agree within 0.07); `sequences` is how many a full run takes.
     """
 
     title: str
@@ -129,7 +129,7 @@ def _save(folder: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
 
 
 def _tensor(name: str, shape: names.Shape, model: ModelConfig, draw: np.random.Generator) -> NDArray[np.float32]:
-    """Matrices that keep a row's variance, so that the first row's answer depends on the others; wider queries and keys.
+    """Matrices that keep a row's variance, so that the first row's answer depends on all; wider queries and keys.
 
     Biases, tables and norms spread by BERT's 0.02: a norm or a bias that an engine forgot would show.
     """

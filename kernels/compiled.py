@@ -29,6 +29,7 @@ CACHE_VARIABLE = "MINILPT_CACHE_DIR"
 ENTRY = "minilpt_kernels"  # the object file's one function
 ALIGNMENT = 64  # bytes of a cache line and of the widest vector
 DIGEST_BYTES = hashlib.sha256().digest_size
+_ALIVE: list[Any] = []
 # Numba's convention: (result, exception, arguments...) -> status. Ours has no result and raises nothing.
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
@@ -45,8 +46,9 @@ def run(operation: int, *arguments: int) -> None:
 @cache
 def yield_address() -> int:
     """The operating system's function that lets another thread run."""
-    library, name = (ctypes.windll.kernel32, "SwitchToThread") if os.name == "nt" else (ctypes.CDLL(None), "sched_yield")
-    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+    windows = os.name == "nt"
+    function = ctypes.CDLL("kernel32").SwitchToThread if windows else ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def cache_folder() -> Path:
@@ -70,6 +72,12 @@ def cache_file(rung: Rung) -> Path:
     return cache_folder() / f"kernels-{rung.name}-{digest.hexdigest()[:16]}.bin"
 
 
+def warm_up() -> Path:
+    """Load the compiled kernels, compiling them if the cache has none for this rung. Returns the object file's path."""
+    _entry()
+    return cache_file(chosen())
+
+
 @cache
 def _entry() -> Any:
     """The compiled function."""
@@ -82,9 +90,8 @@ def _entry() -> Any:
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    function = _CALL(engine.get_function_address(ENTRY))
-    function.engine = engine  # the code lives as long as it
-    return function
+    _ALIVE.append(engine)  # the code lives as long as it
+    return _CALL(engine.get_function_address(ENTRY))
 
 
 def _object_file() -> bytes:
@@ -260,4 +267,3 @@ def _strided(probs: Float32) -> Float32:
     out = np.zeros((H, m, probs_stride_bytes(n) // 4), np.float32)
     out[:, :, :n] = probs
     return out
-

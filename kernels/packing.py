@@ -1,4 +1,4 @@
-"""Weights laid out once for the register tiles of a rung: panels of columns, each read from its first byte to its last."""
+"""Weights laid out once for a rung's register tiles: panels of columns, each read from its first byte to its last."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Packed(NamedTuple):
     """A linear layer for one rung, its M outputs padded with zeros to P panels of `rung.columns`.
 
     panels: (P, K, columns) float32, or (P, G, columns, group) int8 with K padded to G groups. start: (P * columns,)
-    what each sum starts with: the bias (float32), or int32 that takes out the +128 of unsigned activations. scale, bias:
-    (P * columns,) float32; ones for float32 weights. inputs, outputs: K, M.
+    what each sum starts with: the bias (float32), or int32 that takes out the +128 of unsigned activations. scale,
+    bias: (P * columns,) float32; ones for float32 weights. inputs, outputs: K, M.
     """
 
     panels: NDArray[Any]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, pruning, ragged
-from .config import ModelConfig, read_config
 from .compiled_engine import CompiledEngine
+from .config import ModelConfig, read_config
 from .engine import Engine, Forward
 from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError
 from .numpy_engine import NumpyEngine

@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | models | info | eval`.
+"""The command line: `minilpt predict | models | info | warmup | eval`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any, TextIO
 
 from . import __version__, backends, records
 from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
-from .errors import InputError, MinilptError
+from .errors import BackendError, InputError, MinilptError
 from .evaluate import TASKS, evaluate, machine, read_examples
+from .kernels import compiled, isa
 from .text import TextOrPair
 from .weights.resolve import DEFAULT, bundled_names
 
@@ -76,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(info)
     info.set_defaults(run=_info)
 
+    warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
+    warmup.set_defaults(run=_warmup)
+
     evaluation = commands.add_parser("eval", help="a task's metrics, FLOPs and time, dense beside pruned")
     evaluation.add_argument("task", choices=sorted(TASKS), metavar="TASK", help=", ".join(sorted(TASKS)))
     evaluation.add_argument("--data", required=True, metavar="FILE", help="a GLUE-style TSV, CSV or JSONL file")
@@ -90,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="BLAS threads")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
+    parser.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
 
 
 def _positive(text: str) -> int:
@@ -101,7 +107,7 @@ def _positive(text: str) -> int:
 
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
-    return load(options.model, pruning=pruning, threads=options.threads)
+    return load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -178,8 +184,9 @@ def _info(options: argparse.Namespace) -> None:
             "name": backend.name,
             "device": backend.device,
             "precision": backend.precision,
-            "blas_threads": backend.threads,
-            "unavailable": backends.UNAVAILABLE,
+            "threads": backend.threads,
+            "unavailable": backends.UNAVAILABLE | ({"numba": backend.reason} if backend.reason else {}),
+            "compiled": _compiled() if backend.rung else None,
         },
         "bundled": bundled_names(),
         "model": {
@@ -198,6 +205,26 @@ def _info(options: argparse.Namespace) -> None:
     print(json.dumps(facts, indent=2))
 
 
+def _compiled() -> dict[str, Any]:
+    """The instruction sets, and where the compiled kernels are kept."""
+    file = compiled.cache_file(isa.chosen())
+    return {
+        "rung": isa.chosen().name,
+        "rungs_of_this_machine": [rung.name for rung in isa.usable()],
+        "cache": {"file": str(file), "there": file.is_file()},
+    }
+
+
+def _warmup(options: argparse.Namespace) -> None:
+    backend = backends.choose("auto", "fp32", None)
+    if backend.rung is None:
+        raise BackendError(f"there is nothing to compile: {backend.reason}")
+    path = compiled.warm_up()
+    if not path.is_file():
+        raise BackendError(f"{path}: the compiled kernels could not be kept; set {compiled.CACHE_VARIABLE} to a folder")
+    print(f"{backend.rung}: {path}")
+
+
 def _eval(options: argparse.Namespace) -> None:
     task = TASKS[options.task]
     examples = read_examples(Path(options.data), task)
@@ -207,7 +234,7 @@ def _eval(options: argparse.Namespace) -> None:
         "task": options.task,
         "data": Path(options.data).name,
         "model": options.model or DEFAULT,
-        "machine": machine() | {"blas_threads": model.backend.threads},
+        "machine": machine() | {"backend": asdict(model.backend)},
         **result,
     }
     if options.out:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, Kept, outcome
+from .engine import Forward, outcome
 from .kernels import blocks, compiled, isa, packing
 from .kernels.packing import Packed
 from .pruning import KeepRule, Step
@@ -40,6 +40,7 @@ class CompiledEngine:
     """Packed weights, a keep rule and threads. Immutable but for its scratch memory: safe to share between threads."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], rule: KeepRule | None, backend: Backend):
+        compiled.warm_up()  # here rather than at the first text: it may take half a minute
         self.config, self.backend = config, backend
         self._model = _Model(config, weights, int8=backend.precision == "int8")
         self._threads = Threads(backend.threads)
@@ -74,9 +75,12 @@ class CompiledEngine:
         items = items or [_Item(self.config, batch, 0, 0, trace)]
         logits = np.concatenate([item.logits for item in items])
         lengths = np.concatenate([item.lengths for item in items], axis=2)
-        traces = [item.traced() for item in items] if trace else None
-        traced = traces and ([np.concatenate(layer) for layer in zip(*parts, strict=True)] for parts in zip(*traces))
-        return outcome(self.config, logits, *lengths, tuple(traced) if traced else None)
+        traced = None
+        if trace:
+            masses = [item.live(item.masses) for item in items]
+            kept = [item.live(item.kept) for item in items]
+            traced = _by_layer(masses), _by_layer(kept)
+        return outcome(self.config, logits, lengths[0], lengths[1], traced)
 
     def _run_item(self, item: _Item, together: bool) -> None:
         """Fill the item's results, by all threads together or by this one alone."""
@@ -114,7 +118,7 @@ class _Item:
     def record(self, rule: NDArray[np.void]) -> NDArray[np.void]:
         """One `blocks.BATCH`, which must not outlive this item and the rule."""
         lengths = ragged.lengths(self.batch.cu_seqlens)
-        values = {
+        values: dict[str, Any] = {
             "sequences": len(lengths),
             "tokens": len(self.batch.ids),
             "longest": int(lengths.max()),
@@ -132,20 +136,22 @@ class _Item:
         }
         return np.array([tuple(values[name] for name in blocks.BATCH.names or ())], blocks.BATCH)
 
-    def traced(self) -> tuple[list[Float32], list[Kept]]:
-        """Each layer's masses and kept tokens, (N_l,) each."""
-        live = self.lengths[0].sum(axis=1)
-        return tuple([rows[:n] for rows, n in zip(whole, live, strict=True)] for whole in (self.masses, self.kept))
+    def live(self, traced: NDArray[Any]) -> list[NDArray[Any]]:
+        """What a trace, (L, N), holds of each layer's live tokens, (N_l,)."""
+        return [row[:n] for row, n in zip(traced, self.lengths[0].sum(axis=1), strict=True)]
+
+
+def _by_layer(parts: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
+    """Each layer's rows of all items."""
+    return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 
 
 def _part(batch: TokenBatch, begin: int, end: int) -> TokenBatch:
     """Sequences begin to end of the batch."""
     bounds = batch.cu_seqlens[begin : end + 1]
     rows = slice(bounds[0], bounds[-1])
-    return TokenBatch(
-        *(np.ascontiguousarray(array[rows]) for array in (batch.ids, batch.positions, batch.segments)),
-        bounds - bounds[0],
-    )
+    ids, positions, segments = (np.ascontiguousarray(a[rows]) for a in (batch.ids, batch.positions, batch.segments))
+    return TokenBatch(ids, positions, segments, bounds - bounds[0])
 
 
 def _split(cu_seqlens: Int32, items: int) -> list[tuple[int, int]]:
@@ -159,11 +165,12 @@ class _Model:
     """All weights as compiled kernels read them. record: one `blocks.MODEL`; the arrays it points to live as long."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], *, int8: bool):
-        self._weights, self._arrays, self._rung = weights, [], isa.chosen()
+        self._weights, self._rung = weights, isa.chosen()
+        self._arrays: list[Any] = []
         self.record, self.layers = np.zeros(1, blocks.MODEL), np.zeros(config.layers, blocks.LAYER)
         head_width = compiled.padded(config.width // config.heads)
         self.heads_width = config.heads * head_width
-        values = {
+        values: dict[str, Any] = {
             "width": config.width,
             "heads": config.heads,
             "head_width": head_width,
@@ -191,7 +198,10 @@ class _Model:
             at = f"layers.{number}."
             layer["query_key_value"] = self._query_key_value(at, config.heads, head_width, int8)
             layer["attention_output"] = self._attention_output(at, config.heads, head_width, int8)
-            layer["attention_norm"], layer["outer_norm"] = self._norm(f"{at}attention_norm"), self._norm(f"{at}outer_norm")
+            layer["attention_norm"], layer["outer_norm"] = (
+                self._norm(f"{at}attention_norm"),
+                self._norm(f"{at}outer_norm"),
+            )
             layer["inner"], layer["outer"] = self._matrix(f"{at}inner", int8), self._matrix(f"{at}outer", int8)
         self._weights = {}  # packed: the originals may go
 
@@ -236,7 +246,7 @@ class _Model:
 def _by_head(rows: Float32, heads: int, head_width: int) -> Float32:
     """(D, K) rows of H heads, each head's D/H padded with zeros: (H * head_width, K)."""
     D, K = rows.shape
-    if D == heads * head_width:
+    if heads * head_width == D:
         return rows
     out = np.zeros((heads, head_width, K), np.float32)
     out[:, : D // heads] = rows.reshape(heads, D // heads, K)
@@ -281,7 +291,7 @@ class _Workspace:
             return (take(count * floats), floats, take(count * integers), integers, take(4 * count))
 
         work = np.zeros(1, blocks.WORK)
-        values = {
+        values: dict[str, Any] = {
             "zeros": take(ZEROS_BYTES),
             "barrier": take(2 * compiled.ALIGNMENT),
             "yield_core": compiled.yield_address(),

@@ -6,7 +6,6 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +22,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Kept = NDArray[np.bool_]
+Traced = tuple[list[Float32], list[Kept]]  # of every layer, see Forward
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,16 @@ def outcome(
     logits: Float32,
     n_attention: Int32,
     n_ffn: Int32,
-    traced: tuple[Sequence[Float32], Sequence[Kept]] | None,
+    traced: Traced | None,
 ) -> Forward:
     """The record of a run. n_attention, n_ffn: (L, B) int32, live tokens before and after each layer's pruning.
 
-    traced: masses and kept of every layer, None for a run without trace.
+    traced: None for a run without trace.
     """
     executed = pruning.executed_flops(config, n_attention, n_ffn, first_row_only=traced is None)
     dense = pruning.dense_flops(config, n_attention[0])
     if traced is None:
         return Forward(logits, n_ffn, executed, dense)
     counted = pruning.counted_flops(config, n_attention, n_ffn)
-    return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted, *map(tuple, traced))
+    masses, kept = traced
+    return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted, tuple(masses), tuple(kept))

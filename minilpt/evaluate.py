@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from . import records
 from .api import Classifier, Prediction
-from .backends import usable_cores
 from .errors import DependencyError, InputError
 from .text import TextOrPair
+from .threads import usable_cores
 
 Values = NDArray[np.floating]
 TRACED_TEXTS = 64  # in one forward pass

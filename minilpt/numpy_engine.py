@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, Kept, outcome
+from .engine import Forward, Traced, outcome
 from .kernels import NUMPY
 from .pruning import KeepRule
 from .ragged import TokenBatch
@@ -79,7 +79,7 @@ class NumpyEngine:
         x, cu_seqlens = self._embed(batch), batch.cu_seqlens  # (N, D), (B + 1,)
         n_initial = ragged.lengths(cu_seqlens)
         before, after = [], []
-        traced: tuple[list[Float32], list[Kept]] | None = ([], []) if trace else None
+        traced: Traced | None = ([], []) if trace else None
         for layer in range(self.config.layers):
             before.append(ragged.lengths(cu_seqlens))
             if layer == self.config.layers - 1 and not trace:
@@ -98,12 +98,7 @@ class NumpyEngine:
         return x if self._project is None else self._linear(x, *self._project)
 
     def _full_layer(
-        self,
-        layer: int,
-        x: Float32,
-        cu_seqlens: Int32,
-        n_initial: Int32,
-        traced: tuple[list[Float32], list[Kept]] | None,
+        self, layer: int, x: Float32, cu_seqlens: Int32, n_initial: Int32, traced: Traced | None
     ) -> tuple[Float32, Int32]:
         """Attention over all rows, the rule, and the rest for the kept rows. Returns (N', D) rows, (B + 1,) bounds.
 
@@ -127,8 +122,8 @@ class NumpyEngine:
             context.append(self._context(probs, v))
             keep.append(kept)
         if traced is not None:
-            for found, of_layer in zip(traced, (masses, keep), strict=True):
-                found.append(np.concatenate(of_layer))
+            traced[0].append(np.concatenate(masses))
+            traced[1].append(np.concatenate(keep))
         rows, cu_seqlens = ragged.compact(np.concatenate(keep), cu_seqlens)
         return self._rest_of_layer(weights, x[rows], np.concatenate(context)), cu_seqlens
 

@@ -76,8 +76,8 @@ class Threshold:
         return _pinned(score >= self._lowest(layer))
 
     def step(self, layer: int) -> Step:
-        named = {"initial": blocks.INITIAL, "live": blocks.LIVE}
-        denominator = named.get(self.score_denominator, self.score_denominator)
+        z = self.score_denominator
+        denominator = {"initial": blocks.INITIAL, "live": blocks.LIVE}[z] if isinstance(z, str) else z
         return Step(blocks.ABSOLUTE, denominator, self._lowest(layer))
 
     def _lowest(self, layer: int) -> np.float32:

@@ -35,7 +35,7 @@ def dequantize_rows(quantized: NDArray[np.int8], scale: Float32) -> Float32:
 
 
 def quantize_layers(weights: Mapping[str, Float32]) -> dict[str, Any]:
-    """The weights of precision "int8": the matrices of the encoder layers quantised, embeddings and head as they are."""
+    """The weights of precision "int8": the layers' matrices quantised, embeddings and head as they are."""
     return {
         name: quantize_rows(tensor) if name.startswith("layers.") and tensor.ndim == 2 else tensor
         for name, tensor in weights.items()

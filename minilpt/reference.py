@@ -70,7 +70,7 @@ def embed(weights: Weights, config: ModelConfig, ids: NDArray[np.int32], segment
 def encoder_layer(
     weights: Weights, config: ModelConfig, rule: KeepRule | None, layer: int, x: Array, n_initial: int
 ) -> tuple[Array, Array, Keep]:
-    """Attention, pruning, feed-forward. x: (n, D). Returns the kept rows, (n', D), the masses, and who is kept, (n,)."""
+    """Attention, pruning, feed-forward. x: (n, D). Returns kept rows, (n', D), masses, and who is kept, (n,)."""
 
     def projected(name: str, rows: Array) -> Array:
         return linear(rows, weights[f"layers.{layer}.{name}.weight"], weights[f"layers.{layer}.{name}.bias"])

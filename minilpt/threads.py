@@ -6,8 +6,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -47,12 +48,12 @@ class Threads:
         if self.count == 1 or not self._team.acquire(blocking=False):
             return part(0, 1)
         try:
-            others = [lambda thread=thread: part(thread, self.count) for thread in range(1, self.count)]
+            others = [partial(part, thread, self.count) for thread in range(1, self.count)]
             self._beside(lambda: part(0, self.count), others)
         finally:
             self._team.release()
 
-    def _beside(self, mine: Callable[[], None], others: list[Callable[[], None]]) -> None:
+    def _beside(self, mine: Callable[[], None], others: Sequence[Callable[[], None]]) -> None:
         futures = [self._submit(other) for other in others]
         mine()
         for future in futures:

@@ -265,16 +265,16 @@ def _decide(
 
 
 class Step(NamedTuple):
-    """kept: places in the text of the tokens that leave a layer; mass: of those that entered, None if no rule asked."""
+    """kept: places in the text of the tokens that leave a layer; mass: of those that entered."""
 
     kept: list[int]
-    mass: NDArray[np.floating] | None
+    mass: NDArray[np.floating]
 
 
 def steps_of(
     lengths: Sequence[int], masses: Sequence[NDArray[np.floating]], kept: Sequence[NDArray[np.bool_]]
 ) -> list[list[Step]]:
-    """Per sequence and layer, the masses and which tokens went on. masses, kept: as `minilpt.engine.Forward` has them."""
+    """Per sequence and layer, the masses and which tokens went on. masses, kept: as `engine.Forward` has them."""
     places = [np.arange(n) for n in lengths]
     steps: list[list[Step]] = [[] for _ in lengths]
     for mass, goes_on in zip(masses, kept, strict=True):

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import minilpt
-from minilpt import Classifier, InputError, api
+from minilpt import Classifier, InputError, api, backends
+from minilpt.threads import usable_cores
 
 import checkpoints
 
@@ -305,7 +306,7 @@ def test_with_pruning_leaves_the_original_as_it_is(model: Classifier) -> None:
     assert any(prediction.kept_tokens[0] != prediction.kept_tokens[1] for prediction in before)
     assert model.predict(TEXTS) == before
     assert dense.with_pruning("auto").predict(TEXTS) == before
-    assert dense._engine._layers is model._engine._layers  # the weights are shared, not copied
+    assert dense._engine._model is model._engine._model  # type: ignore[attr-defined] # shared weights, not copied
 
 
 # load.
@@ -317,7 +318,7 @@ def test_with_pruning_leaves_the_original_as_it_is(model: Classifier) -> None:
         ({"device": "tpu"}, "device 'tpu' is not one of auto, cpu, cuda"),
         ({"device": "cuda"}, "device 'cuda' is not available: .*use device=\"cpu\""),
         ({"device": None}, "device None is not one of"),
-        ({"precision": "int8"}, "precision 'int8' is not available in this release; use one of fp32"),
+        ({"precision": "int4"}, "precision 'int4' is not available in this release; use one of fp32, int8"),
         ({"precision": "float64"}, "precision 'float64'"),
         ({"threads": 0}, "threads must be a positive integer or None, found 0"),
         ({"threads": -1}, "threads must be"),
@@ -332,7 +333,32 @@ def test_a_wish_that_cannot_be_met_is_refused_before_anything_is_read(options: d
         minilpt.load("no-such-folder", **options)
 
 
-def test_threads_are_set_where_wanted_and_left_alone_otherwise(folder: Path) -> None:
+def test_threads_are_one_for_each_usable_core_unless_said_otherwise(folder: Path) -> None:
+    assert minilpt.load(folder).backend.threads == usable_cores()
+    assert minilpt.load(folder, threads=3).backend.threads == 3
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_numpy_takes_over_and_says_so(folder: Path, model: Classifier) -> None:
+    with pytest.warns(minilpt.MinilptWarning, match="numba is not installed .* running on NumPy") as caught:
+        slow = minilpt.load(folder)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert slow.backend.name == "numpy"
+    for found, wanted in zip(slow.predict(TEXTS), model.predict(TEXTS), strict=True):
+        assert found.kept_tokens == wanted.kept_tokens
+        assert found.logits == pytest.approx(wanted.logits, rel=1e-4, abs=1e-4)
+    with pytest.raises(minilpt.BackendError, match="precision 'int8' needs the compiled kernels: numba is not"):
+        minilpt.load(folder, precision="int8")
+
+
+@pytest.mark.usefixtures("without_numba")
+@pytest.mark.filterwarnings("ignore:numba is not installed")
+def test_on_numpy_threads_are_blas_s_and_left_alone_unless_wanted(folder: Path) -> None:
     def blas() -> set[int]:
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 

@@ -1,4 +1,4 @@
-"""The compiled engine as a whole: the same bits whatever the batch, the threads and the order; and its scratch memory."""
+"""The compiled engine as a whole: the same bits whatever the batch, the threads, the order and the callers."""
 
 from __future__ import annotations
 

@@ -278,9 +278,8 @@ class Case:
             for layer, (kept, mass) in enumerate(steps[b][:layers]):
                 where = f"{name}, sequence {b}, layer {layer}"
                 assert kept == np.flatnonzero(truth.kept[layer, b]).tolist(), where
-                if mass is not None:
-                    error = np.abs(mass - truth.mass[layer, b, truth.alive[layer, b]])
-                    assert (error <= self.mass_bound(layer, b, dtype)).all(), f"{where}: mass off by {error.max():.2e}"
+                error = np.abs(mass - truth.mass[layer, b, truth.alive[layer, b]])
+                assert (error <= self.mass_bound(layer, b, dtype)).all(), f"{where}: mass off by {error.max():.2e}"
         for b in self.fully_decided():
             assert_within(f"{name}, sequence {b}", logits[b], truth.logits[b], self.logits_bound(dtype))
 
@@ -327,13 +326,18 @@ def compare(build: Build, precision: str, records: st.SearchStrategy[dict[str, A
     return tally
 
 
-@pytest.mark.parametrize(("precision", "cap"), [("fp32", 0.001), ("int8", 0.15)])
+@pytest.mark.parametrize(("precision", "cap", "left_out"), [("fp32", 0.001, ()), ("int8", 0.1, ("topk",))])
 def test_pruning_keeps_the_tokens_that_the_masked_emulation_keeps(
-    build: Build, subtests: pytest.Subtests, precision: str, cap: float
+    build: Build, subtests: pytest.Subtests, precision: str, cap: float, left_out: Sequence[str]
 ) -> None:
-    """Under every rule; the closer cases of all rules together are counted and capped."""
+    """Under every rule; the closer cases of all rules together are counted and capped.
+
+    int8's rounding makes every tenth token of these tiny models close. Among ranks nearly all of them would be.
+    """
     tallies: dict[str, Tally] = {}
     for name, records in RECORDS.items():
+        if name in left_out:
+            continue
         with subtests.test(name):
             tallies[name] = tally = compare(build, precision, records)
             assert tally.removed > tally.tokens / 10, f"hardly anything was removed: {tally}"
@@ -377,7 +381,9 @@ def test_the_comparison_sees_a_wrong_rule(build: Build, wrong: dict[str, Any]) -
 @pytest.mark.parametrize("rule", FIXED)
 @settings(max_examples=15)
 @given(lengths=batches_of_lengths, seed=seeds)
-def test_on_numpy_a_permuted_batch_gives_permuted_results(build: Build, rule: str, lengths: list[int], seed: int) -> None:
+def test_on_numpy_a_permuted_batch_gives_permuted_results(
+    build: Build, rule: str, lengths: list[int], seed: int
+) -> None:
     """The same tokens stay; BLAS may change a logit's last bits with the rows beside it."""
     twin = build("bert", num_hidden_layers=LAYERS)
     case = Case(twin, oracles.draw_batch(twin, lengths, seed), FIXED[rule], Tally())

@@ -161,7 +161,9 @@ def test_layer_norm_of_a_constant_row_is_the_bias(registry: str) -> None:
     M=st.integers(1, 140),
     int8=st.booleans(),
 )
-def test_a_row_of_a_product_has_the_same_bits_alone_and_in_a_batch(seed: int, N: int, K: int, M: int, int8: bool) -> None:
+def test_a_row_of_a_product_has_the_same_bits_alone_and_in_a_batch(
+    seed: int, N: int, K: int, M: int, int8: bool
+) -> None:
     x, weight, bias = normal(seed, N, K), normal(seed + 1, M, K), normal(seed + 2, M)
     product, layer = (compiled.linear_int8, quantize_rows(weight)) if int8 else (compiled.linear, (weight,))
     together = product(x, *layer, bias)
@@ -213,4 +215,7 @@ def test_the_compiled_keep_rules_are_those_of_pruning(
     draw = np.random.default_rng(seed)
     mass = (draw.integers(0, 4, n) / 4 if ties else draw.exponential(size=n)).astype(np.float32) + np.float32(1e-3)
     layer = 3 if isinstance(rule, pruning.TopK) else 0
-    assert compiled.keep(mass, rule.step(layer), n + more).tolist() == np.flatnonzero(rule.keep(mass, layer, n + more)).tolist()
+    assert (
+        compiled.keep(mass, rule.step(layer), n + more).tolist()
+        == np.flatnonzero(rule.keep(mass, layer, n + more)).tolist()
+    )

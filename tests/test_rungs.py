@@ -49,6 +49,6 @@ def test_a_rung_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch
     folder = checkpoints.write(tmp_path)
     monkeypatch.setenv(isa.VARIABLE, "avx1024")
     isa.chosen.cache_clear()
-    with pytest.raises(minilpt.BackendError, match="MINILPT_ISA='avx1024' is not a rung .* portable"):
+    with pytest.raises(minilpt.BackendError, match=r"MINILPT_ISA='avx1024' is not a rung .* portable"):
         minilpt.load(folder)
     isa.chosen.cache_clear()

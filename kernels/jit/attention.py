@@ -5,13 +5,12 @@ Addresses and byte strides throughout. head_width is d padded to whole vectors; 
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from ..isa import LANES, chosen
 from . import lines, tiles
-from .products import float_panel
 from .memory import compiled, view
+from .products import float_panel
 
 VECTORS, COLUMNS = chosen().vectors, chosen().columns
 

@@ -64,9 +64,7 @@ def _float_product(x, first, count, matrix, begin, end, out, out_stride, activat
                 start, start_stride = (here, out_stride) if k else (matrix.start + 4 * p * COLUMNS, 0)
                 a, b, depth = place + 4 * k, panel + 4 * k * COLUMNS, min(DEPTH, matrix.depth - k)
                 line = 4 * COLUMNS
-                float_panel(
-                    a, x.stride, rows, b, line, start, start_stride, here, out_stride, depth, COLUMNS // LANES
-                )
+                float_panel(a, x.stride, rows, b, line, start, start_stride, here, out_stride, depth, COLUMNS // LANES)
             activate_rows(here, out_stride, rows, COLUMNS, activation)
 
 
