@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,10 @@ def _costs(model: Classifier, texts: Sequence[TextOrPair], predictions: Sequence
     }
 
 
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a result was obtained: date, processor, cores, versions."""
     processor = platform.processor() or platform.machine()
@@ -210,7 +215,7 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    packages = ("minilpt", "numpy", "tokenizers", "safetensors")
+    packages = [name for name in ("minilpt", "numba", "numpy", "tokenizers", "safetensors") if _installed(name)]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor,

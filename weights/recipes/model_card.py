@@ -41,8 +41,8 @@ Live tokens after each layer, mean per sentence, the rule evaluated in every lay
 
 "Counted" is the paper's way (2 x multiply-adds of the encoder's matrix products, against the dense model without
 padding); "executed" is what the engine runs, with the last layer computing the first token only. Seconds are medians
-of {repeats} runs in turn with NumPy kernels, tokenisation included, on {machine[processor]}, {machine[blas_threads]} BLAS
-threads, Python {machine[python]}, {versions}, {machine[date]}. The whole record is in `results.json`; make it again with
+of {repeats} runs in turn, tokenisation included, on {machine[processor]}, {machine[backend][threads]} threads
+({machine[backend][name]}, {machine[backend][rung]}, {machine[backend][precision]}), Python {machine[python]}, {versions}, {machine[date]}. The whole record is in `results.json`; make it again with
 
     minilpt eval sst-2 --data SST-2/dev.tsv --model FOLDER --repeats {repeats} --out FOLDER/results.json
 
