@@ -203,7 +203,7 @@ class _Model:
                 self._norm(f"{at}outer_norm"),
             )
             layer["inner"], layer["outer"] = self._matrix(f"{at}inner", int8), self._matrix(f"{at}outer", int8)
-        self._weights = {}  # packed: the originals may go
+        del self._weights  # packed: the originals may go
 
     def _keep(self, array: NDArray[Any]) -> int:
         """The array's address, for as long as this model lives."""

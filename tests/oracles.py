@@ -92,7 +92,7 @@ def build(folder: Path, architecture: str, labels: int = 3, precision: str = "fp
 def twin_of(folder: Path, model: transformers.PreTrainedModel, precision: str = "fp32") -> Twin:
     """The torch model with the folder that holds its weights."""
     config = read_config(folder)
-    stored = weights = checkpoint.load_weights(folder, config)
+    stored = weights = dict(checkpoint.load_weights(folder, config))
     if precision == "int8":
         weights = quantize_layers(stored)
         base = model.base_model

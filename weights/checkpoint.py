@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,23 @@ class Stored:
         return raw.astype(np.float32, copy=False)
 
 
-def load_weights(folder: Path, config: ModelConfig) -> dict[str, Float32]:
+class Weights(Mapping[str, Float32]):
+    """Tensors by our names, float32. Each is read when it is asked for, and not kept."""
+
+    def __init__(self, stored: Mapping[str, Stored], wanted: Mapping[str, str]):
+        self._stored, self._wanted = stored, wanted
+
+    def __getitem__(self, name: str) -> Float32:
+        return _read(self._stored, self._wanted[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+
+def load_weights(folder: Path, config: ModelConfig) -> Weights:
     """All tensors that the model reads, float32, by our names.
 
     Raises ModelFileError for missing, damaged or pickled files and WeightsError for tensors that are missing,
@@ -62,7 +78,7 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Float32]:
     wanted = names.checkpoint_names(config)
     shapes = names.expected_shapes(config)
     _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family)
-    return {ours: _read(stored, theirs) for ours, theirs in wanted.items()}
+    return Weights(stored, wanted)
 
 
 def read_ltp_offsets(folder: Path, layers: int) -> list[np.float32]:
