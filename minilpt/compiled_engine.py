@@ -258,17 +258,22 @@ class _Workspace:
 
     def __init__(self) -> None:
         self._memory, self._used = compiled.aligned(0), 0
+        self._shape: tuple[int, int, int, int, bool] | None = None  # that self._work is laid out for
+        self._work = np.zeros(0, blocks.WORK)
 
     def record(self, model: _Model, batch: TokenBatch, threads: int, pruned: bool) -> NDArray[np.void]:
         """One `blocks.WORK` for this batch. pruned: probabilities of whole sequences are kept."""
         lengths = ragged.lengths(batch.cu_seqlens)
-        while True:
+        shape = len(batch.ids), len(lengths), int(lengths.max()), threads, pruned
+        while shape != self._shape:
             self._used, base = 0, self._memory.ctypes.data
-            work = self._laid_out(model, base, len(batch.ids), len(lengths), int(lengths.max()), threads, pruned)
+            self._work = self._laid_out(model, base, *shape)
             if self._used <= len(self._memory):
                 self._memory[: ZEROS_BYTES + 2 * compiled.ALIGNMENT] = 0
-                return work
-            self._memory = compiled.aligned(self._used)
+                self._shape = shape
+            else:
+                self._memory = compiled.aligned(self._used)
+        return self._work
 
     def _laid_out(
         self, model: _Model, base: int, N: int, B: int, longest: int, threads: int, pruned: bool

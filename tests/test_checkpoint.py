@@ -74,7 +74,8 @@ def test_every_half_precision_value_widens_exactly(tmp_path: Path, dtype: str, s
     header = json.dumps({"x": {"dtype": dtype, "shape": [256, 256], "data_offsets": [0, 1 << 17]}}).encode()
     (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + bits.tobytes())
     (entry,) = checkpoint.read_headers(tmp_path)
-    found = entry.widened().ravel()
+    with open(entry.path, "rb") as file:
+        found = checkpoint.widened(entry.read(file), dtype).ravel()
     assert found.dtype == np.float32
     if shift:
         assert np.array_equal(found.view(np.uint32), bits.astype(np.uint32) << shift)

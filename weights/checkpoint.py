@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import struct
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,34 +39,50 @@ class Stored:
     shape: tuple[int, ...]
     begin_bytes: int
 
-    def read(self) -> NDArray[Any]:
-        """The tensor as stored; bfloat16 comes as its uint16 bit pattern."""
-        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[self.dtype]
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return np.fromfile(self.path, dtype, count, offset=self.begin_bytes).reshape(self.shape)
+    def read(self, file: BinaryIO) -> NDArray[Any]:
+        """The tensor as stored, read-only; bfloat16 comes as its uint16 bit pattern. file: the one at `path`.
 
-    def widened(self) -> Float32:
-        """The tensor as float32, exactly: every float16 and bfloat16 value is a float32 value."""
-        raw = self.read()
-        if self.dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32, copy=False)
+        It is mapped, not copied: pages that nobody touches, as most of a word table's, take no memory, and processes
+        share the others.
+        """
+        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[self.dtype]
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        mapped = np.memmap(file, dtype, "r", self.begin_bytes, self.shape)
+        return np.require(np.asarray(mapped), requirements="A")
 
 
 class Weights(Mapping[str, Float32]):
-    """Tensors by our names, float32. Each is read when it is asked for, and not kept."""
+    """Tensors by our names, float32, read when asked for and not kept. The files stay open, so they stay the same."""
 
     def __init__(self, stored: Mapping[str, Stored], wanted: Mapping[str, str]):
         self._stored, self._wanted = stored, wanted
+        self._files = {path: open(path, "rb") for path in {entry.path for entry in stored.values()}}  # noqa: SIM115
+        for file in self._files.values():
+            weakref.finalize(self, file.close)
 
     def __getitem__(self, name: str) -> Float32:
-        return _read(self._stored, self._wanted[name])
+        theirs = self._wanted[name]
+        entry = self._stored[theirs]
+        if entry.dtype == "I8":
+            return dequantize_rows(self._raw(entry), self._raw(self._stored[theirs + SCALE_SUFFIX]))
+        return widened(self._raw(entry), entry.dtype)
+
+    def _raw(self, entry: Stored) -> NDArray[Any]:
+        return entry.read(self._files[entry.path])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._wanted)
 
     def __len__(self) -> int:
         return len(self._wanted)
+
+
+def widened(raw: NDArray[Any], dtype: str) -> Float32:
+    """A stored tensor as float32, exactly: every float16 and bfloat16 value is a float32 value."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
 
 
 def load_weights(folder: Path, config: ModelConfig) -> Weights:
@@ -89,7 +106,11 @@ def read_ltp_offsets(folder: Path, layers: int) -> list[np.float32]:
         entry = stored.get(names.LTP_OFFSET.format(layer))
         if entry is not None and (entry.dtype not in FLOATS or entry.shape not in ((), (1,))):
             raise WeightsError(f"{entry.path}: {entry.name} must be one number, found {entry.dtype} {entry.shape}")
-        offsets.append(np.float32(0) if entry is None else np.float32(entry.widened().reshape(())))
+        if entry is None:
+            offsets.append(np.float32(0))
+        else:
+            with open(entry.path, "rb") as file:
+                offsets.append(np.float32(widened(entry.read(file), entry.dtype).reshape(())))
     return offsets
 
 
@@ -193,13 +214,6 @@ def _check_tensor(stored: Mapping[str, Stored], name: str, shape: names.Shape) -
         )
     if scale is None or scale.dtype != "F32" or scale.shape != shape[:1]:
         raise WeightsError(f"{entry.path}: {entry.name} is I8 and needs {name + SCALE_SUFFIX}, F32, shape {shape[:1]}")
-
-
-def _read(stored: Mapping[str, Stored], name: str) -> Float32:
-    entry = stored[name]
-    if entry.dtype == "I8":
-        return dequantize_rows(entry.read(), stored[name + SCALE_SUFFIX].widened())
-    return entry.widened()
 
 
 def _listed(items: list[str], most: int = 8) -> str:

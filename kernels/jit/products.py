@@ -72,11 +72,14 @@ def _float_product(x, first, count, matrix, begin, end, out, out_stride, activat
 def _int8_product(x, first, count, matrix, begin, end, out, out_stride, activation):
     for r in range(0, count, ROWS_OF_BLOCK):
         rows = min(ROWS_OF_BLOCK, count - r)
+        height = (rows + TALL - 1) // TALL  # in tiles; each fetches its part of the panel that comes next
+        panel_bytes = matrix.depth * GROUP * COLUMNS
         for p in range(begin, end):
-            panel, column = matrix.panels + p * matrix.depth * GROUP * COLUMNS, 4 * p * COLUMNS
+            panel, column = matrix.panels + p * panel_bytes, 4 * p * COLUMNS
             for tile in range(r, r + rows, TALL):
                 row, high = first + tile, min(TALL, r + rows - tile)
                 here = out + tile * out_stride + column
+                ahead = panel + panel_bytes + (tile - r) // TALL * (panel_bytes // height)
                 tiles.int8_tile(
                     x.integers + row * x.integer_stride,
                     x.integer_stride,
@@ -89,6 +92,8 @@ def _int8_product(x, first, count, matrix, begin, end, out, out_stride, activati
                     matrix.bias + column,
                     here,
                     out_stride,
+                    ahead,
+                    GROUP * COLUMNS // height,
                 )
                 activate_rows(here, out_stride, high, COLUMNS, activation)
 

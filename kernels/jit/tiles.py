@@ -19,6 +19,7 @@ from .vector import F32, I8, I16, I32, I64, INTEGERS, VECTOR, Emitter
 
 Value = Any
 VECTOR_BYTES = 4 * LANES
+CACHE_LINE = 64
 VOID = types.void
 
 
@@ -83,15 +84,15 @@ def float_tile(vectors: int) -> Any:
 
 
 @intrinsic
-def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride):
+def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride):
     """One panel of an int8 product: c[r] = (start + sum_g a[r, g] . b[g]) * factors[r] * scale + bias.
 
     The sums are exact int32 (`packing.pack_int8` refuses depths that could overflow); a is uint8 for "dot", int16 for
-    "pairs". factors: one float32 per row; scale, bias, c: float32.
+    "pairs". factors: one float32 per row; scale, bias, c: float32. Memory at ahead + g * ahead_stride is prefetched.
     """
 
     def code(context, builder, signature, arguments):
-        a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride = arguments
+        a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride = arguments
         emit, rung = Emitter(builder), chosen()
         vectors = rung.vectors
         width = LANES * rung.group  # bytes of one vector of weights
@@ -102,6 +103,9 @@ def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bi
 
             def step(g: Value, sums: list[Value]) -> list[Value]:
                 line = builder.add(b, builder.mul(g, ir.Constant(I64, width * vectors)))
+                soon = builder.add(ahead, builder.mul(g, ahead_stride))
+                for offset in range(0, width * vectors, CACHE_LINE):
+                    emit.prefetch(soon, offset)
                 weights = [_weights(emit, line, width * v) for v in range(vectors)]
                 place, out = builder.mul(g, ir.Constant(I64, 4)), []
                 for row in range(height):
@@ -120,7 +124,7 @@ def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bi
         _by_height(builder, rows, of)
         return context.get_dummy_value()
 
-    return _signature(a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride), code
+    return _signature(a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride), code
 
 
 def _weights(emit: Emitter, line: Value, offset: int) -> Value:

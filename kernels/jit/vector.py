@@ -69,6 +69,11 @@ class Emitter:
         """Write one value."""
         self.builder.store(value, self.pointer(address, value.type, offset), align=4)
 
+    def prefetch(self, address: Value, offset: int) -> None:
+        """Ask for one cache line, to be read later; any address will do."""
+        flags = [ir.Constant(I32, value) for value in (0, 2, 1)]  # to read, into the second level, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), [self.pointer(address, I8, offset), *flags])
+
     def loop(
         self, count: Value, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
     ) -> list[Value]:
