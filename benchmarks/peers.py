@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import report
 
         print(report.tables(files.read_json(options.report)))
-        report.draw(files.read_json(options.report), options.report.with_suffix(".png"))
+        report.draw(files.read_json(options.report), options.report.with_suffix(".svg"))
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
