@@ -38,9 +38,9 @@ MODEL = _record(
 )
 
 # What one layer's keep rule asks for, see `minilpt.pruning.Step`.
-RULE = _record("kind denominator", floats="value")
+RULE = _record("kind denominator limit", floats="value")
 KEEP_ALL, ABSOLUTE, RELATIVE, COUNT = range(4)
-INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself
+INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself; limit: never more
 
 # Packed rows, and where the results go: logits (B, labels) float32, n_attention and n_ffn (L, B) int32. masses and kept
 # are 0, or a trace's (L, N) float32 and bool: each layer's live tokens come first in its row.

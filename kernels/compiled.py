@@ -244,8 +244,8 @@ def attention_context(probs: Float32, v: Float32) -> Float32:
     return np.ascontiguousarray(out[:, :, : v.shape[1] // H].transpose(1, 0, 2).reshape(m, -1))
 
 
-def keep(mass: Float32, rule: tuple[int, int, float], n_initial: int) -> NDArray[np.int64]:
-    """Places of the kept tokens under a rule's step (kind, denominator, value). mass: (n,) float32."""
+def keep(mass: Float32, rule: tuple[int, int, int, float], n_initial: int) -> NDArray[np.int64]:
+    """Places of the kept tokens under a rule's step (kind, denominator, limit, value). mass: (n,) float32."""
     record = np.array([rule], blocks.RULE)
     kept, count, mass = np.empty(len(mass), np.int64), np.zeros(1, np.int64), np.ascontiguousarray(mass)
     places = (mass.ctypes.data, len(mass), record.ctypes.data, n_initial, kept.ctypes.data, count.ctypes.data)

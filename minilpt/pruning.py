@@ -29,6 +29,7 @@ ScoreDenominator = str | int
 
 # The original code keeps a token iff its score >= max(1e-5, threshold).
 SCORE_FLOOR = np.float32(1e-5)
+MOST_TOKENS = 2**31 - 1  # the largest denominator: what a C int holds, and no text reaches
 SCHEMA_VERSION = 1
 FILE_NAME = "ltp.json"
 
@@ -37,11 +38,12 @@ class Step(NamedTuple):
     """What a rule asks of one layer, in the words of the compiled kernels (`kernels.blocks.RULE`).
 
     kind: ABSOLUTE (mass / denominator >= value), RELATIVE (mass / max >= value), COUNT (the round(n_initial * value)
-    largest) or KEEP_ALL. denominator: a number, INITIAL or LIVE.
+    largest) or KEEP_ALL. denominator: a number, INITIAL or LIVE, and never more than limit.
     """
 
     kind: int = blocks.KEEP_ALL
     denominator: int = 0
+    limit: int = MOST_TOKENS
     value: np.float32 = np.float32(0)
 
 
@@ -63,10 +65,13 @@ class Threshold:
     """LTP: keep k iff mass_k / Z >= max(1e-5, thresholds[layer]); a threshold of exactly 0 means no rule.
 
     score_denominator Z: "initial" (the sequence's length before layer 0), "live" (before this layer), or a number.
+    denominator_limit: Z is never more. Masses have mean 1 in layer 0 however long the text, so the mean score is 1 / Z:
+    without a limit, thresholds that suit short texts would remove nearly all tokens of long ones.
     """
 
     thresholds: tuple[float, ...]
     score_denominator: ScoreDenominator
+    denominator_limit: int = MOST_TOKENS
 
     def active(self, layer: int) -> bool:
         return self.thresholds[layer] != 0
@@ -78,16 +83,16 @@ class Threshold:
     def step(self, layer: int) -> Step:
         z = self.score_denominator
         denominator = {"initial": blocks.INITIAL, "live": blocks.LIVE}[z] if isinstance(z, str) else z
-        return Step(blocks.ABSOLUTE, denominator, self._lowest(layer))
+        return Step(blocks.ABSOLUTE, denominator, self.denominator_limit, self._lowest(layer))
 
     def _lowest(self, layer: int) -> np.float32:
         return max(SCORE_FLOOR, np.float32(self.thresholds[layer]))
 
     def denominator(self, n_live: int, n_initial: int) -> int:
         """Z for a sequence with these lengths."""
-        if self.score_denominator == "initial":
-            return n_initial
-        return n_live if self.score_denominator == "live" else int(self.score_denominator)
+        lengths = {"initial": n_initial, "live": n_live}
+        z = self.score_denominator
+        return min(lengths[z] if isinstance(z, str) else z, self.denominator_limit)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Ramp(Threshold):
     """The paper's manual thresholds: final * layer / L, under the rule of `Threshold`."""
 
     @classmethod
-    def to(cls, final: float, layers: int, score_denominator: ScoreDenominator) -> Ramp:
-        return cls(tuple(final * layer / layers for layer in range(layers)), score_denominator)
+    def to(cls, final: float, layers: int, score_denominator: ScoreDenominator, limit: int = MOST_TOKENS) -> Ramp:
+        return cls(tuple(final * layer / layers for layer in range(layers)), score_denominator, limit)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Relative:
         return _pinned(mass / mass.max() >= np.float32(self.token_threshold))
 
     def step(self, layer: int) -> Step:
-        return Step(blocks.RELATIVE, 0, np.float32(self.token_threshold))
+        return Step(blocks.RELATIVE, value=np.float32(self.token_threshold))
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class TopK:
         return _pinned(keep)
 
     def step(self, layer: int) -> Step:
-        return Step(blocks.COUNT, 0, np.float32(self.rate(layer)))
+        return Step(blocks.COUNT, value=np.float32(self.rate(layer)))
 
 
 def _pinned(keep: Keep) -> Keep:
@@ -177,6 +182,10 @@ RULE_KEYS: Mapping[str, frozenset[str]] = {
     "relative": frozenset({"token_threshold"}),
     "topk": frozenset({"token_keep_rate"}),
 }
+OPTIONAL_KEYS: Mapping[str, frozenset[str]] = {
+    "threshold": frozenset({"denominator_limit"}),
+    "ramp": frozenset({"denominator_limit"}),
+}
 _COMMON_KEYS = frozenset({"schema_version", "rule", "method", "provenance"})
 
 
@@ -192,17 +201,18 @@ def parse(record: Mapping[str, Any], layers: int, where: str) -> Pruning:
     name = record.get("rule")
     if not isinstance(name, str) or name not in RULE_KEYS:
         raise check.error(f"rule {name!r} is not one of {', '.join(RULE_KEYS)}")
-    check.keys(RULE_KEYS[name], name)
+    optional = OPTIONAL_KEYS.get(name, frozenset())
+    check.keys(RULE_KEYS[name], optional, name)
     rule: KeepRule
     if name == "threshold":
-        rule = Threshold(check.thresholds(layers), check.denominator())
+        rule = Threshold(check.thresholds(layers), check.denominator(), check.limit())
     elif name == "ramp":
-        rule = Ramp.to(check.number("final_threshold"), layers, check.denominator())
+        rule = Ramp.to(check.number("final_threshold"), layers, check.denominator(), check.limit())
     elif name == "relative":
         rule = Relative(check.number("token_threshold", 0, 1))
     else:
         rule = TopK(check.number("token_keep_rate", 0, 1), layers)
-    settings = {key: record[key] for key in sorted(RULE_KEYS[name])}
+    settings = {key: record[key] for key in sorted(RULE_KEYS[name] | optional) if key in record}
     return Pruning(rule, name, settings, record.get("method"), record.get("provenance", {}))
 
 
@@ -213,9 +223,9 @@ class _Checker:
     def error(self, message: str) -> PruningError:
         return PruningError(f"{self.where}: {message}")
 
-    def keys(self, wanted: frozenset[str], rule: str) -> None:
+    def keys(self, wanted: frozenset[str], optional: frozenset[str], rule: str) -> None:
         missing = sorted(wanted - set(self.record))
-        unknown = sorted(set(self.record) - wanted - _COMMON_KEYS)
+        unknown = sorted(set(self.record) - wanted - optional - _COMMON_KEYS)
         if missing:
             raise self.error(f"rule {rule!r} needs {', '.join(missing)}")
         if unknown:
@@ -243,10 +253,19 @@ class _Checker:
 
     def denominator(self) -> ScoreDenominator:
         value = self.record["score_denominator"]
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
-        if value not in ("initial", "live") and not whole:
+        if value not in ("initial", "live") and not _is_length(value):
             raise self.error(f'score_denominator must be "initial", "live" or a positive integer, found {value!r}')
         return value
+
+    def limit(self) -> int:
+        value = self.record.get("denominator_limit")
+        if value is not None and not _is_length(value):
+            raise self.error(f"denominator_limit must be a positive integer or null, found {value!r}")
+        return MOST_TOKENS if value is None else value
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TOKENS
 
 
 def read_pruning(path: Path, layers: int) -> Pruning:

@@ -240,6 +240,8 @@ def _decide(
             return undecided
         named = {"initial": n_initial, "live": alive.sum(1, keepdim=True)}
         denominator = named.get(rule["score_denominator"], rule["score_denominator"])
+        if rule.get("denominator_limit"):
+            denominator = torch.as_tensor(denominator).clamp(max=rule["denominator_limit"])
         score, floor = live_mass / denominator, max(1e-5, theta)
         return alive & (pinned | (score >= floor)), score, (score - floor).abs() * denominator
     if rule["rule"] == "relative":

@@ -218,8 +218,15 @@ def ramp_record(final_threshold: float, denominator: str | int) -> dict[str, Any
     return {"rule": "ramp", "final_threshold": final_threshold, "score_denominator": denominator}
 
 
+def limited_record(fractions: list[float], denominator: str, limit: int) -> dict[str, Any]:
+    return threshold_record(fractions, denominator) | {"denominator_limit": limit}
+
+
 RECORDS: Mapping[str, st.SearchStrategy[dict[str, Any]]] = {
     **{f"threshold-{name}": st.builds(threshold_record, any_fractions, z) for name, z in denominators.items()},
+    "threshold-limited": st.builds(
+        limited_record, any_fractions, st.sampled_from(["initial", "live"]), st.integers(5, 40)
+    ),
     "ramp": st.builds(ramp_record, st.floats(-0.1, 0.2), st.one_of(*denominators.values())),
     # Not between 0 and 0.01: beside a threshold of 1e-200, every token with hardly any mass is a close call.
     "relative": st.builds(lambda value: {"rule": "relative", "token_threshold": value}, st.floats(0.01, 0.9)),

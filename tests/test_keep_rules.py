@@ -54,19 +54,27 @@ def by_threshold(mass: Mass, threshold: float, z: int) -> list[bool]:
     return found
 
 
-@given(mass=masses, threshold=thresholds, denominator=denominators, layer=st.integers(0, 2), extra=st.integers(0, 9))
-@example(mass=np.array([0, 0.25, 0.2499], np.float32), threshold=0.125, denominator=2, layer=1, extra=0)
-@example(mass=np.array([0, 1e-5, 0.9e-5], np.float32), threshold=-1.0, denominator=1, layer=1, extra=0)
+@given(
+    mass=masses,
+    threshold=thresholds,
+    denominator=denominators,
+    layer=st.integers(0, 2),
+    extra=st.integers(0, 9),
+    limit=st.integers(1, 150),
+)
+@example(mass=np.array([0, 0.25, 0.2499], np.float32), threshold=0.125, denominator=2, layer=1, extra=0, limit=9)
+@example(mass=np.array([0, 1e-5, 0.9e-5], np.float32), threshold=-1.0, denominator=1, layer=1, extra=0, limit=9)
+@example(mass=np.array([0, 0.25, 0.2499], np.float32), threshold=0.125, denominator="live", layer=1, extra=0, limit=2)
 def test_threshold_compares_the_score_over_its_denominator(
-    mass: Mass, threshold: float, denominator: str | int, layer: int, extra: int
+    mass: Mass, threshold: float, denominator: str | int, layer: int, extra: int, limit: int
 ) -> None:
     n_initial = len(mass) + extra
-    z = {"initial": n_initial, "live": len(mass)}.get(str(denominator), denominator)
+    z = min(int({"initial": n_initial, "live": len(mass)}.get(str(denominator), denominator)), limit)
     values = [0.9, 0.9, 0.9]
     values[layer] = threshold
-    rule = Threshold(tuple(values), denominator)
+    rule = Threshold(tuple(values), denominator, limit)
     assert rule.denominator(len(mass), n_initial) == z
-    assert kept(rule, mass, layer, n_initial) == by_threshold(mass, threshold, int(z))
+    assert kept(rule, mass, layer, n_initial) == by_threshold(mass, threshold, z)
 
 
 @given(mass=masses, final=thresholds, layers=st.integers(1, 12), denominator=st.integers(1, 130), data=st.data())

@@ -201,7 +201,12 @@ def test_int8_products_that_could_overflow_are_refused() -> None:
 
 denominators = st.one_of(st.just("initial"), st.just("live"), st.integers(1, 500))
 rules = st.one_of(
-    st.builds(lambda value, z: pruning.Threshold((value,), z), st.floats(-0.1, 0.1), denominators),
+    st.builds(
+        lambda value, z, limit: pruning.Threshold((value,), z, limit),
+        st.floats(-0.1, 0.1),
+        denominators,
+        st.integers(1, 120),
+    ),
     st.builds(pruning.Relative, st.floats(0, 1)),
     st.builds(lambda value: pruning.TopK(value, 4), st.floats(0, 1)),
 )

@@ -22,6 +22,7 @@ LAYERS = 3
 RECORDS: dict[str, dict[str, Any]] = {
     "threshold": {"rule": "threshold", "thresholds": [0, 0.01, 0.25], "score_denominator": "initial"},
     "ramp": {"rule": "ramp", "final_threshold": 0.3, "score_denominator": 40},
+    "limited": {"rule": "ramp", "final_threshold": 0.3, "score_denominator": "live", "denominator_limit": 40},
     "relative": {"rule": "relative", "token_threshold": 0.4},
     "topk": {"rule": "topk", "token_keep_rate": 0.5},
 }
@@ -48,6 +49,7 @@ def test_parse_then_to_json_is_the_identity(name: str, story: dict[str, Any]) ->
 def test_every_rule_becomes_its_object() -> None:
     assert parsed(RECORDS["threshold"]).rule == Threshold((0, 0.01, 0.25), "initial")
     assert parsed(RECORDS["ramp"]).rule == Ramp((0.0, 0.3 * 1 / 3, 0.3 * 2 / 3), 40)
+    assert parsed(RECORDS["limited"]).rule == Ramp((0.0, 0.3 * 1 / 3, 0.3 * 2 / 3), "live", 40)
     assert parsed(RECORDS["relative"]).rule == Relative(0.4)
     assert parsed(RECORDS["topk"]).rule == TopK(0.5, LAYERS)
 
@@ -56,7 +58,7 @@ def test_every_rule_is_explained_in_the_documentation() -> None:
     text = (Path(__file__).parents[1] / "docs" / "ltp-json.md").read_text(encoding="utf-8")
     for rule, keys in pruning.RULE_KEYS.items():
         assert f"**`{rule}`**" in text
-        assert all(f"`{key}`" in text for key in keys)
+        assert all(f"`{key}`" in text for key in keys | pruning.OPTIONAL_KEYS.get(rule, frozenset()))
 
 
 def without(name: str, key: str) -> dict[str, Any]:
@@ -120,11 +122,22 @@ def test_thresholds_are_one_number_for_each_layer(value: Any) -> None:
     assert parsed(RECORDS["threshold"] | {"thresholds": [0, -1, 2]}).rule == Threshold((0, -1, 2), "initial")
 
 
-@pytest.mark.parametrize("value", ["padded", "", 0, -1, 40.0, True, None, [40], 10**40, 10**400], ids=repr)
+NO_LENGTHS = ["padded", "", 0, -1, 40.0, True, [40], 2**31, 10**30, 10**400]
+
+
+@pytest.mark.parametrize("value", [*NO_LENGTHS, None], ids=lambda value: repr(value)[:8])
 @pytest.mark.parametrize("name", ["threshold", "ramp"])
 def test_the_score_denominator_is_named_or_a_positive_integer(name: str, value: Any) -> None:
     with pytest.raises(minilpt.PruningError, match='score_denominator must be "initial", "live" or a positive integer'):
         parsed(RECORDS[name] | {"score_denominator": value})
+
+
+@pytest.mark.parametrize("value", [*NO_LENGTHS, "initial"], ids=lambda value: repr(value)[:8])
+def test_the_denominator_limit_is_a_positive_integer_or_null(value: Any) -> None:
+    with pytest.raises(minilpt.PruningError, match="denominator_limit must be a positive integer or null"):
+        parsed(RECORDS["limited"] | {"denominator_limit": value})
+    none = parsed(RECORDS["limited"] | {"denominator_limit": None}).rule
+    assert none == parsed(without("limited", "denominator_limit")).rule
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"rule": NaN}'])
@@ -151,10 +164,11 @@ def test_a_dict_changes_single_keys_and_forgets_the_story(name: str) -> None:
     changes: dict[str, Any] = {
         "threshold": {"score_denominator": "live"},
         "ramp": {"final_threshold": 0.1},
+        "limited": {"denominator_limit": 9},
         "relative": {"token_threshold": 0.2},
         "topk": {"token_keep_rate": 0.9},
     }[name]
-    for given_ in (changes, {"rule": name} | changes):
+    for given_ in (changes, {"rule": RECORDS[name]["rule"]} | changes):
         found = pruning.overridden(stored, given_, LAYERS)
         assert found.to_json() == {"schema_version": 1} | RECORDS[name] | changes
     assert pruning.overridden(stored, changes | {"method": "mine"}, LAYERS).method == "mine"

@@ -16,21 +16,26 @@ def keep(mass, n, rule, n_initial, offset, kept, at):
     """
     if rule.kind == blocks.COUNT:
         return _keep_largest(mass, n, _wanted(n_initial, rule.value), offset, kept, at)
-    divisor = np.float32(rule.denominator)
+    divisor = np.float32(_denominator(rule, n, n_initial))
     if rule.kind == blocks.RELATIVE:
         divisor = mass[0]
         for k in range(1, n):
             divisor = max(divisor, mass[k])
-    elif rule.denominator == blocks.INITIAL:
-        divisor = np.float32(n_initial)
-    elif rule.denominator == blocks.LIVE:
-        divisor = np.float32(n)
     count = 0
     for k in range(n):
         if k == 0 or rule.kind == blocks.KEEP_ALL or mass[k] / divisor >= rule.value:
             kept[at + count] = offset + k
             count += 1
     return count
+
+
+@compiled
+def _denominator(rule, n, n_initial):
+    if rule.denominator == blocks.INITIAL:
+        return min(n_initial, rule.limit)
+    if rule.denominator == blocks.LIVE:
+        return min(n, rule.limit)
+    return min(rule.denominator, rule.limit)
 
 
 @compiled
