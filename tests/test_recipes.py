@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -19,7 +20,7 @@ torch = pytest.importorskip("torch", reason="recipes need torch (extra train)")
 
 from minilpt.weights.recipes import export, ltp_bert, train_ltp  # noqa: E402
 
-SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0)
+SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0, denominator_limit=20)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +57,17 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
     return state["params"] | {"thresholds": state["thresholds"]}
 
 
-@pytest.mark.parametrize("stage, after", [("none", 3), ("soft", 5), ("hard", 2)])
+@pytest.mark.parametrize("stage, after", [("none", 3), ("soft", 5), ("hard", 1)])
 def test_a_stopped_run_continues_to_the_same_weights(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: int
 ) -> None:
     train(base, data, tmp_path / "whole")
     loss, steps = train_ltp.Trainer._loss, iter(range(after))
 
-    def stopping(
-        self: train_ltp.Trainer, batch: train_ltp.Batch, current: train_ltp.Stage, pruning: str
-    ) -> torch.Tensor:
-        if current.pruning == stage and next(steps, None) is None:
+    def stopping(self: train_ltp.Trainer, batch: train_ltp.Batch, targets: torch.Tensor, pruning: str) -> torch.Tensor:
+        if pruning == stage and next(steps, None) is None:
             raise KeyboardInterrupt
-        return loss(self, batch, current, pruning)
+        return loss(self, batch, targets, pruning)
 
     monkeypatch.setattr(train_ltp.Trainer, "_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -107,10 +106,51 @@ def test_a_run_can_continue_from_a_finished_model(base: Path, data: Path, tmp_pa
         assert torch.equal(tensor, start[name]), name
 
 
+def test_teachers_label_sentences_that_have_no_label(base: Path, data: Path, tmp_path: Path) -> None:
+    texts = ["A good film.<br />The film, the bad. Not a good film!", "Bad.", "Not bad, a good film."]
+    with gzip.open(tmp_path / "texts.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    options = ["--base", str(base), "--data", str(data), "--batch", "16", "--threads", "1", "--save-every", "9"]
+    for run in ("one", "two"):
+        train_ltp.main([*options, "--run", str(tmp_path / run), "--epochs", "1", "0", "0", "--seed", str(len(run))])
+    more = [
+        "--unlabelled",
+        str(tmp_path / "texts.jsonl.gz"),
+        "--teachers",
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+    ]
+    options += ["--run", str(tmp_path / "taught"), "--epochs", "1", "1", "1"]
+    with pytest.raises(SystemExit):
+        train_ltp.main([*options, *more[:2]])
+    train_ltp.main([*options, *more])
+    state = train_ltp.Trainer(train_ltp.options([*options, *more]))
+    unlabelled = [text for text, label in zip(state.train.texts, state.train.labels, strict=True) if label < 0]
+    assert sorted(unlabelled) == ["A good film.", "Not a good film!", "Not bad, a good film.", "The film, the bad."]
+    targets = state._targets(train_ltp.Stage("dense", 1, 1e-4, "none"))
+    answers = []
+    for run in ("one", "two"):
+        params = torch.load(tmp_path / run / "dense.pt", weights_only=True)["params"]
+        rows = [ltp_bert.forward(params, state.shape, *ids_of(row))[0] for row in state.train.ids]
+        answers.append(torch.log_softmax(torch.cat(rows), -1))
+    taught = torch.softmax(sum(answers) / 2, -1)
+    labelled = len(targets) - len(unlabelled)
+    own = torch.nn.functional.one_hot(state.train.labels[:labelled], 2)
+    assert torch.allclose(targets[labelled:], taught[labelled:], atol=1e-5)
+    assert torch.allclose(targets[:labelled], (taught[:labelled] + own) / 2, atol=1e-5)
+
+
+def ids_of(row: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([row])
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
 @pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])
 def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, thresholds: list[float] | None) -> None:
     pruning = (
-        None if thresholds is None else {"rule": "threshold", "thresholds": thresholds, "score_denominator": "initial"}
+        None
+        if thresholds is None
+        else {"rule": "threshold", "thresholds": thresholds, "score_denominator": "initial", "denominator_limit": 20}
     )
     model = minilpt.load(base, pruning=pruning)
     draw = np.random.default_rng(5)

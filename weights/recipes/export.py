@@ -44,6 +44,7 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
         "rule": "threshold",
         "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
         "score_denominator": "initial",
+        "denominator_limit": start["options"]["denominator_limit"],
         "method": METHOD,
         "provenance": {
             "recipe": "minilpt.weights.recipes.train_ltp",
@@ -66,7 +67,7 @@ def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A line of the log without the names of one machine's folders: of the teachers, their number."""
     if "options" not in record:
         return record
-    paths = ("base", "data", "reviews", "run")
+    paths = ("base", "data", "unlabelled", "run")
     options = {key: value for key, value in record["options"].items() if key not in paths}
     return record | {"options": options | {"teachers": len(options.get("teachers", []))}}
 

@@ -22,12 +22,13 @@ GONE = -1e4  # log of "not there": exp() of it is exactly 0 in float32
 
 @dataclass(frozen=True)
 class Shape:
-    """What the forward pass needs to know of config.json."""
+    """What the forward pass needs to know of config.json, and the limit of the score's denominator."""
 
     layers: int
     heads: int
     eps: float
     dropout: float
+    denominator_limit: int
 
 
 def initial_head(width: int, labels: int, seed: int) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def forward(
     """
     drop = shape.dropout if train else 0.0
     B, S = ids.shape
-    n_initial = mask.sum(1, keepdim=True).float()  # (B, 1): the score's denominator, "initial"
+    denominator = mask.sum(1, keepdim=True).clamp_max(shape.denominator_limit).float()  # (B, 1), "initial"
     log_alive = torch.where(mask, 0.0, GONE)  # (B, S)
     pinned = torch.arange(S) == 0
 
@@ -82,7 +83,7 @@ def forward(
         probs = torch.softmax(logits, -1)  # (B, H, S, S)
         if thresholds is not None:
             as_query = log_alive.exp()[:, None, :, None]
-            score = (probs * as_query).sum(2).mean(1) / n_initial  # (B, S)
+            score = (probs * as_query).sum(2).mean(1) / denominator  # (B, S)
             log_alive = log_alive + _log_keep(score, thresholds[layer], temperature, pinned)
         history.append(log_alive.exp())
         context = (F.dropout(probs, drop).to(v.dtype) @ v).transpose(1, 2).reshape(B, S, -1)

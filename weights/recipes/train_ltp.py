@@ -3,13 +3,13 @@
     python -m minilpt.weights.recipes.train_ltp --base MODEL_DIR --data SST-2_DIR --run RUN_DIR
 
 Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR and logged to RUN_DIR/log.jsonl:
-`dense` fine-tunes (after one epoch over the ends of longer reviews, stage `reviews`, where --reviews names some);
-`soft` learns thresholds and weights under soft masks and the penalty `lambda * sum_l mean(alive_l)`, then scales the
-thresholds by one factor so that the *hard* rule meets the FLOPs target on held-out training sentences; `hard` tunes
-the weights under really removed tokens, every other batch without pruning, and scales the thresholds again with every
-checkpoint. `soft` and `hard` also learn from the dense model's own outputs (self-distillation), or from the mean of
-several dense models (--teachers). The word table stays as pretrained, and each stage ends with an exponential average
-of its weights; `hard` takes the one with the best dev accuracies.
+`dense` fine-tunes; `soft` learns thresholds and weights under soft masks and the penalty
+`lambda * sum_l mean(alive_l)`, then scales the thresholds by one factor so that the *hard* rule meets the FLOPs target
+on held-out training sentences; `hard` tunes the weights under really removed tokens, every other batch without pruning,
+and scales the thresholds again with every checkpoint. Every stage also learns from the mean output of dense models that
+are there already (--teachers), on unlabelled sentences too (--unlabelled); `soft` and `hard` learn from the run's own
+dense model where no others are named. The word table stays as pretrained, and each stage ends with an exponential
+average of its weights; `hard` takes the one with the best dev accuracies.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import gzip
 import json
 import math
 import os
+import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +39,8 @@ from ..checkpoint import SCALE_SUFFIX
 from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
 MAX_TOKENS = 128  # SST-2's longest sentence has 66
-REVIEW_TOKENS = 64  # of a review's end, where its verdict stands
+SENTENCE_TOKENS = range(5, 65)  # of the unlabelled sentences that are used, as the labelled ones have
+UNLABELLED = -1  # stands for a label
 FROZEN = "bert.embeddings.word_embeddings.weight"  # most dev words are rare in 67,000 phrases
 SCALED_BY = 250  # held-out sentences that the thresholds are scaled by
 AVERAGE_DECAY = 0.999  # of the weights, over about one epoch of 1,000 steps
@@ -56,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places in the file."""
+    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places among the examples."""
 
     ids: Tensor
     mask: Tensor
@@ -66,7 +69,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised texts with their labels, and the batches drawn from them."""
+    """Tokenised texts with their labels (UNLABELLED where there is none), and the batches drawn from them."""
 
     texts: list[str]
     labels: Tensor
@@ -82,16 +85,24 @@ class Examples:
         return cls(texts, torch.tensor([int(row["label"]) for row in rows]), ids)
 
     @classmethod
-    def reviews(cls, path: Path, tokenizer: Tokenizer) -> Examples:
-        """The ends of the reviews in a gzipped JSONL file with the fields text and label."""
+    def unlabelled(cls, path: Path, tokenizer: Tokenizer, count: int, seed: int) -> Examples:
+        """`count` sentences, at random, of the texts in a gzipped JSONL file with the field text."""
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        texts = [row["text"].replace("<br />", " ") for row in rows]
-        ids = []
-        for encoding in tokenizer.encode_batch(texts):
-            (first, *inside, last) = encoding.ids
-            ids.append([first, *inside[2 - REVIEW_TOKENS :], last])
-        return cls(texts, torch.tensor([row["label"] for row in rows]), ids)
+            texts = [json.loads(line)["text"] for line in file]
+        # SST-2 writes "do n't", which the tokenizer splits otherwise than "don't".
+        parts = (part.replace("n't", " n't") for text in texts for part in re.split(r"<br />|(?<=[.!?])\s", text))
+        sentences = sorted({part.strip() for part in parts})
+        random.Random(seed).shuffle(sentences)
+        found = [
+            (text, encoding.ids)
+            for text, encoding in zip(sentences, tokenizer.encode_batch(sentences), strict=True)
+            if len(encoding.ids) in SENTENCE_TOKENS
+        ][:count]
+        return cls([text for text, _ in found], torch.full((len(found),), UNLABELLED), [ids for _, ids in found])
+
+    def with_more(self, others: Examples) -> Examples:
+        """These, then the others."""
+        return Examples(self.texts + others.texts, torch.cat([self.labels, others.labels]), self.ids + others.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -135,6 +146,7 @@ class Trainer:
             config["num_attention_heads"],
             config["layer_norm_eps"],
             config.get("hidden_dropout_prob", 0.1),  # BERT's default
+            options.denominator_limit,
         )
         self.widths = config["hidden_size"], config["intermediate_size"]
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -142,18 +154,20 @@ class Trainer:
         tokenizer.no_truncation()
         self.train = Examples.sentences(Path(options.data) / "train.tsv", tokenizer)
         self.dev = Examples.sentences(Path(options.data) / "dev.tsv", tokenizer)
-        self.reviews = Examples.reviews(Path(options.reviews), tokenizer) if options.reviews else None
         # Whole sentences (they end in a full stop) resemble the dev set; the rest of SST-2's train set are phrases.
         whole = [row for row, text in enumerate(self.train.texts) if text.endswith(".")]
         draw = torch.Generator().manual_seed(options.seed)
         self.held_out = [whole[at] for at in torch.randperm(len(whole), generator=draw)[:1000].tolist()]
         held = {self.train.texts[row] for row in self.held_out}
         self.rows = [row for row, text in enumerate(self.train.texts) if text not in held]
+        if options.unlabelled:
+            more = Examples.unlabelled(Path(options.unlabelled), tokenizer, options.sentences, options.seed)
+            self.rows += range(len(self.train), len(self.train) + len(more))
+            self.train = self.train.with_more(more)
         self.params = self._base_parameters(base)
         self.thresholds = torch.tensor(
             [options.final_threshold * (layer + 1) / self.shape.layers for layer in range(self.shape.layers)]
         )
-        self.teacher: Tensor | None = None
         self.average: dict[str, Tensor] = {}
 
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
@@ -195,14 +209,11 @@ class Trainer:
     def run(self, stage: Stage) -> None:
         if self.restore(stage.name):
             return self.log(stage=stage.name, event="already done")
-        examples, places = self.train, self.rows
-        if stage.name == "reviews":
-            assert self.reviews is not None
-            examples, places = self.reviews, list(range(len(self.reviews)))
+        targets = self._targets(stage)
         batches = [
             rows
             for epoch in range(math.ceil(stage.epochs))
-            for rows in examples.shuffled(places, self.options.batch, self.options.seed * 1000 + epoch)
+            for rows in self.train.shuffled(self.rows, self.options.batch, self.options.seed * 1000 + epoch)
         ]
         del batches[round(len(batches) * stage.epochs / max(1, math.ceil(stage.epochs))) :]
         state = self.restore(f"{stage.name}-partial")
@@ -219,7 +230,8 @@ class Trainer:
             pruning = (
                 "none" if stage.pruning == "hard" and step % 2 else stage.pruning
             )  # the dense model stays good too
-            loss = self._loss(examples.batch(batches[step]), stage, pruning)
+            batch = self.train.batch(batches[step])
+            loss = self._loss(batch, targets[batch.rows], pruning)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trained().values(), 1.0)
@@ -314,7 +326,7 @@ class Trainer:
             is_threshold = group["params"][0] is self.thresholds
             group["lr"] = group["peak"] * (1.0 if is_threshold else factor)
 
-    def _loss(self, batch: Batch, stage: Stage, pruning: str) -> Tensor:
+    def _loss(self, batch: Batch, targets: Tensor, pruning: str) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
             logits, alive = forward(
                 self.params,
@@ -325,29 +337,37 @@ class Trainer:
                 temperature=self.options.temperature if pruning == "soft" else None,
                 train=True,
             )
-        loss = F.cross_entropy(logits, batch.labels)
-        if stage.pruning != "none":
-            target = torch.softmax(self._teacher_logits()[batch.rows], -1)
-            loss = 0.5 * loss + 0.5 * F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, targets)
         if pruning == "soft":
             loss = loss + self.options.lambda_ * alive[:, batch.mask].mean(1).sum()
         return loss
 
-    def _teacher_logits(self) -> Tensor:
-        """Mean log-probabilities of the dense models on the training file, (rows, labels); computed once per run."""
-        if self.teacher is None:
-            path = self.folder / "teacher.pt"
-            if not path.exists():
-                logits = torch.zeros(len(self.train), 2)
-                for run in (self.folder, *map(Path, self.options.teachers)):
-                    dense = torch.load(run / "dense.pt", weights_only=True)["params"]
-                    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
-                        for batch in self.train.by_length(list(range(len(self.train))), 256):
-                            found = forward(dense, self.shape, batch.ids, batch.mask)[0]
-                            logits[batch.rows] += torch.log_softmax(found, -1)
-                torch.save(logits / (1 + len(self.options.teachers)), path)
-            self.teacher = torch.load(path, weights_only=True)
-        return self.teacher
+    def _targets(self, stage: Stage) -> Tensor:
+        """Probabilities to learn, (rows, labels): the mean of label and teachers where there are both."""
+        labels = F.one_hot(self.train.labels.clamp_min(0), 2).float()
+        teachers = [*map(Path, self.options.teachers)] or [self.folder] * (stage.name != "dense")
+        if not teachers:
+            return labels
+        taught = torch.softmax(self._teacher_logits(teachers), -1)
+        return torch.where((self.train.labels == UNLABELLED)[:, None], taught, (labels + taught) / 2)
+
+    @torch.no_grad()
+    def _teacher_logits(self, teachers: list[Path]) -> Tensor:
+        """Mean log-probabilities of dense models on the training examples, (rows, labels); computed once per run."""
+        path = self.folder / "teacher.pt"
+        if not path.exists():
+            logits = torch.zeros(len(self.train), 2)
+            for run in teachers:
+                dense = torch.load(run / "dense.pt", weights_only=True)["params"]
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+                    for batch in self.train.by_length(list(range(len(self.train))), 256):
+                        found = forward(dense, self.shape, batch.ids, batch.mask)[0]
+                        logits[batch.rows] += torch.log_softmax(found, -1)
+            torch.save(logits / len(teachers), path)
+        logits = torch.load(path, weights_only=True)
+        if len(logits) != len(self.train):
+            raise SystemExit(f"{path} is of another --data or --unlabelled; use another --run")
+        return logits
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
@@ -370,12 +390,13 @@ def _as_stored(params: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: run or continue all three stages."""
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
     parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
-    parser.add_argument("--reviews", help="gzipped JSONL of labelled reviews (text, label) to fine-tune on first")
+    parser.add_argument("--unlabelled", help="gzipped JSONL of texts (field text) whose sentences teachers label")
+    parser.add_argument("--sentences", type=int, default=100_000, help="how many of them are used, at most")
     parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
     parser.add_argument(
         "--teachers", nargs="*", default=[], metavar="RUN", help="folders of runs whose dense stage is done"
@@ -385,6 +406,9 @@ def main(argv: list[str] | None = None) -> None:
         "--lambda", dest="lambda_", type=float, default=0.1, help="weight of the penalty on alive tokens"
     )
     parser.add_argument("--temperature", type=float, default=1e-3, help="of the soft rule's sigmoid")
+    parser.add_argument(
+        "--denominator-limit", type=int, default=32, help="of the score: longer texts count as this many tokens"
+    )
     parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
     parser.add_argument("--epochs", type=float, nargs=3, default=(2, 0.36, 1.4), metavar="N", help="dense, soft, hard")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="highest of the dense stage")
@@ -393,14 +417,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    trainer = Trainer(options)
-    trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
-    dense, soft, hard = options.epochs
-    if trainer.reviews is not None:
-        trainer.run(Stage("reviews", 1, options.learning_rate, "none"))
-    trainer.run(Stage("dense", dense, options.learning_rate, "none"))
+    found = parser.parse_args(argv)
+    if found.unlabelled and not found.teachers:
+        parser.error("--unlabelled needs --teachers: somebody has to label them")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: run or continue all three stages."""
+    wanted = options(argv)
+    torch.set_num_threads(wanted.threads)
+    trainer = Trainer(wanted)
+    trainer.log(event="start", options=vars(wanted), train=len(trainer.rows), held_out=len(trainer.held_out))
+    dense, soft, hard = wanted.epochs
+    trainer.run(Stage("dense", dense, wanted.learning_rate, "none"))
     trainer.run(Stage("soft", soft, 2e-5, "soft", threshold_learning_rate=1e-4))
     trainer.run(Stage("hard", hard, 3e-5, "hard"))
 
