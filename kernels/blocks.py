@@ -66,4 +66,4 @@ WORK = _record(
 
 ROWS_OF_BLOCK = 96  # of a product: at K = 768, 74 KB of int8 or 295 KB of float32, which a second-level cache holds
 QUERIES = 24  # rows of probabilities that stay in the first-level cache between softmax and context
-CHUNK = 128  # rows of the sequences that go through a layer together
+CHUNK = 96  # rows of the sequences that go through a layer together

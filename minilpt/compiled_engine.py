@@ -317,7 +317,7 @@ class _Workspace:
         for name, each, count in (
             ("probs", stride * kept_rows, heads),
             ("received", stride, 2 * heads),
-            ("local", keys + 16 * (B + 1) + 8 * rows + 4 * longest, threads),
+            ("local", keys + 4 * longest * head_width + 16 * (B + 1) + 8 * rows + 4 * longest, threads),
         ):
             values[f"{name}_bytes"] = compiled.padded(each, compiled.ALIGNMENT)
             values[name] = take(values[f"{name}_bytes"] * count)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..isa import LANES, chosen
 from . import lines, tiles
-from .memory import compiled, view
+from .memory import compiled, copy, view
 from .products import float_panel
 
 VECTORS, COLUMNS = chosen().vectors, chosen().columns
@@ -44,12 +44,21 @@ def pack_keys(k, k_stride, n, head_width, keys):
 
 
 @compiled
+def pack_values(v, v_stride, n, head_width, values):
+    """v: (n, head_width) float32 rows, side by side at `values`: read again and again, they should lie on few pages."""
+    for row in range(n):
+        copy(values + row * 4 * head_width, v + row * v_stride, 4 * head_width)
+
+
+@compiled
 def attention_probs(q, q_stride, rows, keys, n, head_width, scale, zeros, probs):
     """softmax(scale q k^T) of some query rows against all n packed keys, at `probs`, rows `probs_stride(n)` apart."""
     stride, line = probs_stride(n), 4 * COLUMNS
     for c in range(0, n, COLUMNS):
         panel = keys + c * 4 * head_width
-        float_panel(q, q_stride, rows, panel, line, zeros, 0, probs + 4 * c, stride, head_width, _vectors(n - c))
+        float_panel(
+            q, q_stride, rows, panel, line, zeros, 0, probs + 4 * c, stride, head_width, _vectors(n - c), panel, 0
+        )
     for row in range(rows):
         lines.softmax_line(probs + row * stride, n, scale)
 
@@ -88,4 +97,4 @@ def attention_context(probs, rows, n, v, v_stride, head_width, zeros, out, out_s
     stride = probs_stride(n)
     for c in range(0, head_width, COLUMNS):
         vectors, here = _vectors(head_width - c), out + 4 * c
-        float_panel(probs, stride, rows, v + 4 * c, v_stride, zeros, 0, here, out_stride, n, vectors)
+        float_panel(probs, stride, rows, v + 4 * c, v_stride, zeros, 0, here, out_stride, n, vectors, v, 0)

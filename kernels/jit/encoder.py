@@ -21,6 +21,7 @@ from .attention import (
     clear,
     keys_bytes,
     pack_keys,
+    pack_values,
     probs_stride,
 )
 from .memory import compiled, copy, record, share, view, wait
@@ -37,7 +38,7 @@ def forward(model_address, batch_address, work_address, thread, threads):
     )
     B = batch.sequences
     local = work.local + thread * work.local_bytes
-    own = local + keys_bytes(batch.longest, model.head_width)
+    own = local + keys_bytes(batch.longest, model.head_width) + 4 * batch.longest * model.head_width
     bounds, after = view(own, B + 1, np.int64), view(own + 8 * (B + 1), B + 1, np.int64)
     copy(own, batch.cu_seqlens, 8 * (B + 1))
     scratch = own + 16 * (B + 1)
@@ -141,7 +142,7 @@ def full_layer(model, number, batch, work, bounds, after, local, scratch, thread
                 found = rules.keep(mass, n, rule, n_initial, bounds[s], kept, count)
                 if batch.masses and thread == 0:
                     trace(batch, number, bounds[s], n, mass, kept, count, found)
-                attend_kept(model, work, place, n, kept, count, found, bounds[s], thread, threads)
+                attend_kept(model, work, place, n, kept, count, found, bounds[s], local, thread, threads)
             count += found
             after[s + 1] = after[s] + found
         wait(work, threads)
@@ -187,19 +188,21 @@ def chunk_end(bounds, begin, sequences, most):
 
 
 @compiled
-def attend(model, work, qkv, n, row, keys, thread, threads):
+def attend(model, work, qkv, n, row, local, thread, threads):
     """Contexts of all rows of one sequence, a block of queries at a time. They go to work.context from `row` on."""
     width, stride = 4 * model.head_width, work.query_key_value_stride
+    keys, values = local, local + keys_bytes(n, model.head_width)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
         q, k, v = head_places(model, work, qkv, h)
         probs, out = work.probs + h * work.probs_bytes, work.context.floats + h * width
         pack_keys(k, stride, n, model.head_width, keys)
+        pack_values(v, stride, n, model.head_width, values)
         for r in range(0, n, QUERIES):
             rows, here = min(QUERIES, n - r), q + r * stride
             attention_probs(here, stride, rows, keys, n, model.head_width, model.head_scale, work.zeros, probs)
             place = out + (row + r) * work.context.stride
-            attention_context(probs, rows, n, v, stride, model.head_width, work.zeros, place, work.context.stride)
+            attention_context(probs, rows, n, values, width, model.head_width, work.zeros, place, work.context.stride)
 
 
 @compiled
@@ -226,7 +229,7 @@ def score(model, work, qkv, n, keys, received, thread, threads):
 
 
 @compiled
-def attend_kept(model, work, qkv, n, kept, row, count, first, thread, threads):
+def attend_kept(model, work, qkv, n, kept, row, count, first, values, thread, threads):
     """Contexts of one sequence's kept rows from the probabilities that `score` left.
 
     The rows are kept[row : row + count], of which `first` is the sequence's row 0; work.context has them from `row` on.
@@ -235,14 +238,14 @@ def attend_kept(model, work, qkv, n, kept, row, count, first, thread, threads):
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
         _, _, v = head_places(model, work, qkv, h)
+        pack_values(v, work.query_key_value_stride, n, model.head_width, values)
         probs = work.probs + h * work.probs_bytes
         for at in range(count):
             source = kept[row + at] - first
             if source != at:
                 copy(probs + at * line, probs + source * line, 4 * n)
         place = work.context.floats + row * work.context.stride + h * width
-        stride = work.query_key_value_stride
-        attention_context(probs, count, n, v, stride, model.head_width, work.zeros, place, work.context.stride)
+        attention_context(probs, count, n, values, width, model.head_width, work.zeros, place, work.context.stride)
 
 
 @compiled

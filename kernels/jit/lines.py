@@ -1,6 +1,6 @@
 """Operations on one row of float32, as LLVM IR behind Numba intrinsics. Arguments are addresses and counts (int64).
 
-Sums run over 16 lanes and then over the lanes in order: the same bits for a row wherever it stands.
+Sums run over 16 lanes and then over the lanes, in one order: the same bits for a row wherever it stands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numba.core.extending import intrinsic
 
 from ..isa import LANES, chosen
 from ..packing import LIMIT
-from .vector import F32, I8, I16, I64, INTEGERS, VECTOR, Emitter
+from .vector import F32, I8, I16, I64, INTEGERS, LOG2_E, VECTOR, Emitter
 
 Value = Any
 Body = Callable[..., Any]
@@ -68,10 +68,12 @@ def softmax_line(typingctx, address, count, scale):
             return [emit.larger(_where(emit, mask, _load(emit, address, at, mask), lowest), state[0])]
 
         peak = emit.splat(emit.largest(_over_row(emit, count, [lowest], maximum)[0]))
-        factor = emit.splat(scale)
+        factor = emit.splat(builder.fmul(scale, ir.Constant(F32, LOG2_E)))
+        # What the product with the peak rounds away is the same in all powers, and goes out with their sum.
+        shift = builder.fneg(builder.fmul(peak, factor))
 
         def exponential(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
-            power = emit.exp(builder.fmul(builder.fsub(_load(emit, address, at, mask), peak), factor))
+            power = emit.exp2(emit.fma(_load(emit, address, at, mask), factor, shift))
             _store(emit, power, address, at, mask)
             return [builder.fadd(state[0], _where(emit, mask, power, zero))]
 

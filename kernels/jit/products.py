@@ -18,18 +18,24 @@ TILE_1, TILE_2, TILE_3, TILE_4 = (_TILES[min(at, len(_TILES) - 1)] for at in ran
 
 
 @compiled
-def float_panel(a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, vectors):
-    """c = start + a b: `rows` rows by `vectors` vectors of columns, at most one panel's. Strides in bytes."""
+def float_panel(a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, vectors, ahead, ahead_bytes):
+    """c = start + a b: `rows` rows by `vectors` vectors of columns, at most one panel's. Strides in bytes.
+
+    Of the memory that will be read next, `ahead_bytes` from `ahead` on, every tile fetches its part.
+    """
+    part = ahead_bytes * TALL // (rows + TALL - 1)
+    step = part // depth
     for r in range(0, rows, TALL):
         x, begin, out, high = a + r * a_stride, start + r * start_stride, c + r * c_stride, min(TALL, rows - r)
+        soon = ahead + r // TALL * part
         if vectors == 1:
-            TILE_1(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth)
+            TILE_1(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth, soon, step)
         elif vectors == 2:
-            TILE_2(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth)
+            TILE_2(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth, soon, step)
         elif vectors == 3:
-            TILE_3(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth)
+            TILE_3(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth, soon, step)
         else:
-            TILE_4(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth)
+            TILE_4(x, a_stride, high, b, b_stride, begin, start_stride, out, c_stride, depth, soon, step)
 
 
 @compiled
@@ -64,7 +70,22 @@ def _float_product(x, first, count, matrix, begin, end, out, out_stride, activat
                 start, start_stride = (here, out_stride) if k else (matrix.start + 4 * p * COLUMNS, 0)
                 a, b, depth = place + 4 * k, panel + 4 * k * COLUMNS, min(DEPTH, matrix.depth - k)
                 line = 4 * COLUMNS
-                float_panel(a, x.stride, rows, b, line, start, start_stride, here, out_stride, depth, COLUMNS // LANES)
+                size = depth * line
+                float_panel(
+                    a,
+                    x.stride,
+                    rows,
+                    b,
+                    line,
+                    start,
+                    start_stride,
+                    here,
+                    out_stride,
+                    depth,
+                    COLUMNS // LANES,
+                    b + size,
+                    size,
+                )
             activate_rows(here, out_stride, rows, COLUMNS, activation)
 
 

@@ -49,13 +49,14 @@ def _rows(builder: ir.IRBuilder, base: Value, stride: Value, height: int) -> lis
 def float_tile(vectors: int) -> Any:
     """The intrinsic for float32 tiles of this many vectors: c[r] = start[r] + a[r] b for `rows` rows.
 
-    start_stride is 0 where all rows start with the same line, as with a bias.
+    start_stride is 0 where all rows start with the same line, as with a bias. Memory at ahead + k * ahead_stride is
+    prefetched.
     """
 
     @intrinsic
-    def tile(typingctx, a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth):
+    def tile(typingctx, a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, ahead, ahead_stride):
         def code(context, builder, signature, arguments):
-            a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth = arguments
+            a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, ahead, ahead_stride = arguments
             emit = Emitter(builder)
 
             def of(height: int) -> None:
@@ -66,6 +67,9 @@ def float_tile(vectors: int) -> Any:
                 def step(k: Value, sums: list[Value]) -> list[Value]:
                     line = builder.add(b, builder.mul(k, b_stride))
                     weights = [emit.load(line, VECTOR, VECTOR_BYTES * v) for v in range(vectors)]
+                    soon = builder.add(ahead, builder.mul(k, ahead_stride))
+                    for offset in range(0, VECTOR_BYTES * vectors, CACHE_LINE):
+                        emit.prefetch(soon, offset)
                     place, out = builder.mul(k, ir.Constant(I64, 4)), []
                     for row in range(height):
                         x = emit.splat(emit.load(a_rows[row], F32, place))
@@ -78,7 +82,9 @@ def float_tile(vectors: int) -> Any:
             _by_height(builder, rows, of)
             return context.get_dummy_value()
 
-        return _signature(a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth), code
+        return _signature(
+            a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, ahead, ahead_stride
+        ), code
 
     return tile
 

@@ -19,10 +19,20 @@ VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 MASK = ir.VectorType(ir.IntType(1), LANES)
 Value = Any  # llvmlite ships no types
 
-# exp(r) on [-ln 2 / 2, ln 2 / 2], Taylor to degree 7 (error below 6e-9 relative, less than float32's rounding).
-EXP_POLYNOMIAL = tuple(1 / math.factorial(power) for power in range(8))
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts (Cody & Waite); the first has few bits
-SMALLEST = -87.0  # exp of less is 0 here: float32's smallest normal number is exp(-87.3)
+# 2^r = sum of these times powers of r, lowest first, on [-1/2, 1/2]: relative error at most 1.9e-9 in exact arithmetic
+# and 1e-7 in float32 (benchmarks/fit_exp2.py).
+EXP2_POLYNOMIAL = (
+    1.0000000005541823,
+    0.6931472057375819,
+    0.2402264689052251,
+    0.055503287761126244,
+    0.009618488966937011,
+    0.001339993161108357,
+    0.00015345810196156634,
+)
+ROUNDER = 1.5 * 2**23  # a float32 plus this has its nearest integer in its low bits
+LOWEST = -127.0  # 2 to this is 0 here: float32's smallest normal number is 2^-126
+LOG2_E = math.log2(math.e)
 
 
 class Emitter:
@@ -114,34 +124,39 @@ class Emitter:
         self.call("llvm.masked.store.v16f32.p0", ir.VoidType(), [value, pointer, ir.Constant(I32, 4), mask])
 
     def sum(self, value: Value) -> Value:
-        """Of the lanes, first to last."""
-        return self.call("llvm.vector.reduce.fadd.v16f32", F32, [ir.Constant(F32, 0.0), value])
+        """Of the lanes, in one order: the upper half is added to the lower until one lane is left."""
+        half = LANES
+        while half > 1:
+            half //= 2
+            low, high = (ir.Constant(ir.VectorType(I32, half), [*range(at, at + half)]) for at in (0, half))
+            nothing = ir.Constant(value.type, ir.Undefined)
+            parts = (self.builder.shuffle_vector(value, nothing, lanes) for lanes in (low, high))
+            value = self.builder.fadd(*parts)
+        return self.builder.extract_element(value, ir.Constant(I32, 0))
 
     def largest(self, value: Value) -> Value:
         """Of the lanes; a NaN loses."""
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, [value])
 
-    def exp(self, x: Value) -> Value:
-        """exp(x) for x <= 0, 0 below -87."""
+    def exp2(self, x: Value) -> Value:
+        """2^x for x <= 0, to 1e-7 relative; below 2^-126 less exact, from x = -127 down 0."""
         builder = self.builder
-        bounded = self.larger(x, self.splat(SMALLEST))
-        whole = self.call("llvm.rint.v16f32", VECTOR, [builder.fmul(bounded, self.splat(1 / math.log(2)))])
-        rest = self.fma(whole, self.splat(-LN2_HIGH), bounded)
-        rest = self.fma(whole, self.splat(-LN2_LOW), rest)
-        value = self._polynomial(EXP_POLYNOMIAL, rest)
-        power = builder.shl(builder.fptosi(whole, INTEGERS), self.splat(23, INTEGERS))
-        value = builder.bitcast(builder.add(builder.bitcast(value, INTEGERS), power), VECTOR)
-        return builder.select(builder.fcmp_ordered("<", x, self.splat(SMALLEST)), self.splat(0.0), value)
+        bounded = self.larger(x, self.splat(LOWEST))
+        shifted = builder.fadd(bounded, self.splat(ROUNDER))
+        rest = builder.fsub(bounded, builder.fsub(shifted, self.splat(ROUNDER)))
+        value = builder.bitcast(self._polynomial(EXP2_POLYNOMIAL, rest), INTEGERS)
+        power = builder.shl(builder.bitcast(shifted, INTEGERS), self.splat(23, INTEGERS))
+        return builder.bitcast(builder.add(value, power), VECTOR)
 
     def gelu(self, x: Value) -> Value:
         """x Phi(x) in the form of `kernels.elementwise.gelu`, which states the error."""
         builder = self.builder
         size = self.call("llvm.fabs.v16f32", VECTOR, [x])
         size = builder.select(builder.fcmp_ordered(">", size, self.splat(16.0)), self.splat(16.0), size)
-        z = builder.fmul(size, self.splat(math.sqrt(0.5)))
-        t = builder.fdiv(self.splat(1.0), self.fma(z, self.splat(float(ERFC_SLOPE)), self.splat(1.0)))
+        slope = self.splat(float(ERFC_SLOPE) * math.sqrt(0.5))
+        t = builder.fdiv(self.splat(1.0), self.fma(size, slope, self.splat(1.0)))
         tail = builder.fmul(self._polynomial(ERFC_POLYNOMIAL, t), t)
-        tail = builder.fmul(tail, self.exp(builder.fneg(builder.fmul(z, z))))
+        tail = builder.fmul(tail, self.exp2(builder.fmul(builder.fmul(size, size), self.splat(-LOG2_E / 2))))
         tail = builder.fmul(tail, builder.fmul(size, self.splat(0.5)))
         return builder.fsub(self.larger(x, self.splat(0.0)), tail)
 
@@ -150,7 +165,7 @@ class Emitter:
         builder = self.builder
         cube = builder.fmul(builder.fmul(x, x), x)
         u = builder.fmul(self.fma(cube, self.splat(0.044715), x), self.splat(2 * math.sqrt(2 / math.pi)))
-        power = self.exp(builder.fneg(self.call("llvm.fabs.v16f32", VECTOR, [u])))
+        power = self.exp2(builder.fmul(self.call("llvm.fabs.v16f32", VECTOR, [u]), self.splat(-LOG2_E)))
         below = builder.fdiv(x, builder.fadd(self.splat(1.0), power))
         negative = builder.fcmp_ordered("<", u, self.splat(0.0))
         return builder.select(negative, builder.fmul(below, power), below)
@@ -159,7 +174,7 @@ class Emitter:
         """sign(x) (1 - p) / (1 + p), p = exp(-2 |x|). Absolute error below 2e-7 (tests/test_kernels.py)."""
         builder = self.builder
         size = self.call("llvm.fabs.v16f32", VECTOR, [x])
-        power = self.exp(builder.fmul(size, self.splat(-2.0)))
+        power = self.exp2(builder.fmul(size, self.splat(-2 * LOG2_E)))
         value = builder.fdiv(builder.fsub(self.splat(1.0), power), builder.fadd(self.splat(1.0), power))
         return self.call("llvm.copysign.v16f32", VECTOR, [value, x])
 
