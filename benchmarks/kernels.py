@@ -3,7 +3,9 @@
     python -m benchmarks.kernels [--out FILE]
 
 The peaks are loops that only multiply and add in registers (24 independent sums), and copies of arrays that no cache
-holds. A product's share is of the arithmetic peak, a row operation's of the copy's bytes per second.
+holds. A product's share is of the arithmetic peak, a row operation's of the copy's bytes per second. Then the whole
+forward pass of the RoBERTa-base shape: its share of the peak, what pruning gains in time for what it saves in executed
+FLOPs, and how the time grows with the tokens where attention per token stays the same.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,19 @@ from numba import njit
 from numba.core import types
 from numba.core.extending import intrinsic
 
+from minilpt import load
 from minilpt.kernels import blocks, compiled, packing
 from minilpt.kernels.isa import chosen
 from minilpt.kernels.jit.vector import I64, INTEGERS, VECTOR, Emitter
 from minilpt.quantize import quantize_rows
 
-from . import files, peers
+from . import files, peers, workloads
 
 RESULTS = peers.ROOT / "benchmarks" / "results" / "kernels.json"
 SUMS = 24  # independent ones: enough to hide the latency of a multiply-add on two ports
 ROUNDS = 7
+FORWARD_SEQUENCES = 96
+TOKENS_BY_16 = (1, 2, 4, 8, 16, 32)  # sequences of 16 tokens
 ROW_BYTES = {"layer_norm": 12, "gelu": 8, "quantize": 5, "softmax": 8}  # read and written, for each float32 element
 
 
@@ -147,6 +153,38 @@ def attention(n: int, heads: int = 12, d: int = 64) -> dict[str, float]:
     }
 
 
+def forward(work: Path) -> dict[str, Any]:
+    """The whole forward pass on one thread, by precision; dense beside pruned in turn, each the best of ROUNDS."""
+    folder, rule = work / "roberta-base", work / "roberta-base" / "forward-ltp.json"
+    if not (folder / "model.safetensors").is_file():
+        workloads.write_checkpoint(folder, "roberta-base")
+    rows = sorted(workloads.sequences("roberta-base", "mnli", FORWARD_SEQUENCES), key=len)
+    if not rule.is_file():
+        workloads.write_thresholds(folder, rows, rule)
+    draw = np.random.default_rng(4)
+    rows_of_16 = [workloads.sequence("roberta-base", 16, draw) for _ in range(max(TOKENS_BY_16))]
+    found = {}
+    for precision in ("fp32", "int8"):
+        models = {
+            name: load(folder, precision=precision, pruning=pruning, threads=1)
+            for name, pruning in (("dense", None), ("pruned", rule))
+        }
+        runs = {name: (model, rows) for name, model in models.items()}
+        runs |= {str(16 * count): (models["dense"], rows_of_16[:count]) for count in TOKENS_BY_16}
+        seconds = dict.fromkeys(runs, float("inf"))
+        for _ in range(ROUNDS):
+            for name, (model, work_) in runs.items():
+                seconds[name] = min(seconds[name], _once(partial(model.forward, work_)))
+        executed = {name: int(model.forward(rows).executed_flops.sum()) for name, model in models.items()}
+        gain = {"time": seconds["dense"] / seconds["pruned"], "executed": executed["dense"] / executed["pruned"]}
+        found[precision] = {
+            "giga": {name: executed[name] / seconds[name] / 1e9 for name in models},
+            "pruning_gain": gain,
+            "us_per_token": {name: 1e6 * seconds[name] / int(name) for name in runs if name.isdigit()},
+        }
+    return found
+
+
 def measure() -> dict[str, Any]:
     """Peaks and kernels, each the best of ROUNDS, peaks before and after."""
     compiled.warm_up()
@@ -160,10 +198,14 @@ def measure() -> dict[str, Any]:
         found["rows"][name] = row_operation(name)
     for n in (40, 128, 512):
         found["attention"][str(n)] = attention(n)
+    found["forward"] = forward(peers.WORK)
     after = peaks()
     top = {name: statistics.mean([before[name], after[name]]) for name in before}
     for record in found["products"]:
         record["share_of_peak"] = record["giga"] / top[record["precision"]] if record["precision"] in top else None
+    for precision, record in found["forward"].items():
+        shares = {name: giga / top[precision] for name, giga in record["giga"].items() if precision in top}
+        record["share_of_peak"] = shares
     return {"machine": peers.machine(), "rung": chosen().name, "peaks": {"before": before, "after": after}} | found
 
 
@@ -181,6 +223,8 @@ def main() -> None:
         print(f"{record['precision']} {record['shape']}: {record['giga']:.0f} G/s, {share} of the peak")
     print("rows, GB/s:", {name: round(value, 1) for name, value in results["rows"].items()})
     print("attention, GFLOP/s:", results["attention"])
+    for precision, record in results["forward"].items():
+        print(f"forward, {precision}:", {name: value for name, value in record.items() if name != "giga"})
 
 
 if __name__ == "__main__":

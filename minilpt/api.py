@@ -72,7 +72,8 @@ def load(
     The folder holds config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids
     will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
     None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
-    threads: BLAS threads, set for the whole process; None leaves them alone.
+    precision: "fp32" or "int8". threads: of the compiled kernels, by default one for each usable core; on NumPy they
+    are BLAS's, set for the whole process.
 
     Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
     missing tokenizer is an error only when texts are asked for.
@@ -82,7 +83,8 @@ def load(
     config = read_config(folder)
     chosen = _pruning(folder, config, pruning)
     make = CompiledEngine if backend.name == "numba" else NumpyEngine
-    engine = make(config, checkpoint.load_weights(folder, config), chosen.rule if chosen else None, backend)
+    weights = checkpoint.load_weights(folder, config, make.AS_STORED)
+    engine = make(config, weights, chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
     except (TokenizerError, DependencyError) as error:

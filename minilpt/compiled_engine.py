@@ -24,7 +24,7 @@ from .engine import Forward, outcome
 from .kernels import blocks, compiled, isa, packing
 from .kernels.packing import Packed
 from .pruning import KeepRule, Step
-from .quantize import quantize_rows
+from .quantize import Quantized, quantize_rows
 from .ragged import TokenBatch
 from .threads import Threads
 
@@ -39,7 +39,9 @@ TEAM_TOKENS = 128  # per thread: smaller batches are computed by all threads tog
 class CompiledEngine:
     """Packed weights, a keep rule and threads. Immutable but for its scratch memory: safe to share between threads."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], rule: KeepRule | None, backend: Backend):
+    AS_STORED = frozenset({"embeddings.word.weight"})  # may come as int8 rows
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], rule: KeepRule | None, backend: Backend):
         compiled.warm_up()  # here rather than at the first text: it may take half a minute
         self.config, self.backend = config, backend
         self._model = _Model(config, weights, int8=backend.precision == "int8")
@@ -164,7 +166,7 @@ def _split(cu_seqlens: Int32, items: int) -> list[tuple[int, int]]:
 class _Model:
     """All weights as compiled kernels read them. record: one `blocks.MODEL`; the arrays it points to live as long."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], *, int8: bool):
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], *, int8: bool):
         self._weights, self._rung = weights, isa.chosen()
         self._arrays: list[Any] = []
         self.record, self.layers = np.zeros(1, blocks.MODEL), np.zeros(config.layers, blocks.LAYER)
@@ -182,7 +184,7 @@ class _Model:
             "is_int8": int8,
             "eps": config.eps,
             "head_scale": 1 / math.sqrt(config.width // config.heads),
-            "word": self._table("embeddings.word.weight"),
+            **self._word_table(),
             "position": self._table("embeddings.position.weight"),
             "segment": self._table("embeddings.segment.weight") if config.segments else 0,
             "layer": self.layers.ctypes.data,
@@ -212,6 +214,13 @@ class _Model:
 
     def _table(self, name: str) -> int:
         return self._keep(np.ascontiguousarray(self._weights[name]))
+
+    def _word_table(self) -> dict[str, int]:
+        """As it is stored: int8 rows are widened when they are looked up, and the others are never read."""
+        table = self._weights["embeddings.word.weight"]
+        if isinstance(table, Quantized):
+            return {"word": self._keep(table.rows), "word_scale": self._keep(table.scale)}
+        return {"word": self._keep(np.ascontiguousarray(table))}
 
     def _norm(self, name: str) -> tuple[int, int]:
         return self._table(f"{name}.weight"), self._table(f"{name}.bias")

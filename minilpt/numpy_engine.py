@@ -54,6 +54,8 @@ class Layer(NamedTuple):
 class NumpyEngine:
     """Weights laid out for BLAS, a keep rule, and the layer loop. Immutable: safe to share between threads."""
 
+    AS_STORED: frozenset[str] = frozenset()  # everything comes as float32
+
     def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], rule: KeepRule | None, backend: Backend):
         self.config, self.rule, self.backend = config, rule, backend
         self._linear, self._layer_norm = NUMPY["linear"], NUMPY["layer_norm"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ import pytest
 
 import minilpt
 from minilpt import Classifier
+from minilpt.config import read_config
 from minilpt.engine import Forward
+from minilpt.weights import checkpoint, names, save
 
 import checkpoints
 
@@ -117,3 +121,20 @@ def test_a_rule_can_be_changed_and_changed_back(load: Load) -> None:
     assert np.array_equal(pruned.forward(rows).logits, load(pruning=RULES["threshold"]).forward(rows).logits)
     assert not np.array_equal(pruned.forward(rows).logits, dense)
     assert np.array_equal(model.forward(rows).logits, dense)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_int8_rows_are_looked_up_as_the_floats_that_they_stand_for(tmp_path: Path, precision: str) -> None:
+    plain = checkpoints.write(tmp_path / "plain", checkpoints.config(**SHAPE))
+    rows, widened = tmp_path / "rows", tmp_path / "widened"
+    config = read_config(plain)
+    stored = names.checkpoint_names(config)
+    for folder, source, int8_rows in ((rows, plain, True), (widened, rows, False)):
+        folder.mkdir()
+        shutil.copy(plain / "config.json", folder)
+        weights = checkpoint.load_weights(source, config)
+        save.save_weights(folder, {stored[ours]: tensor for ours, tensor in weights.items()}, int8_rows=int8_rows)
+    ids = sequences(LENGTHS)
+    found, expected = (minilpt.load(folder, precision=precision).forward(ids).logits for folder in (rows, widened))
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, minilpt.load(plain, precision=precision).forward(ids).logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from pathlib import Path
@@ -106,43 +105,33 @@ def test_a_run_can_continue_from_a_finished_model(base: Path, data: Path, tmp_pa
         assert torch.equal(tensor, start[name]), name
 
 
-def test_teachers_label_sentences_that_have_no_label(base: Path, data: Path, tmp_path: Path) -> None:
-    texts = ["A good film.<br />The film, the bad. Not a good film!", "Bad.", "Not bad, a good film."]
-    with gzip.open(tmp_path / "texts.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    options = ["--base", str(base), "--data", str(data), "--batch", "16", "--threads", "1", "--save-every", "9"]
-    for run in ("one", "two"):
-        train_ltp.main([*options, "--run", str(tmp_path / run), "--epochs", "1", "0", "0", "--seed", str(len(run))])
-    more = [
-        "--unlabelled",
-        str(tmp_path / "texts.jsonl.gz"),
-        "--teachers",
-        str(tmp_path / "one"),
-        str(tmp_path / "two"),
-    ]
-    options += ["--run", str(tmp_path / "taught"), "--epochs", "1", "1", "1"]
-    with pytest.raises(SystemExit):
-        train_ltp.main([*options, *more[:2]])
-    train_ltp.main([*options, *more])
-    state = train_ltp.Trainer(train_ltp.options([*options, *more]))
-    unlabelled = [text for text, label in zip(state.train.texts, state.train.labels, strict=True) if label < 0]
-    assert sorted(unlabelled) == ["A good film.", "Not a good film!", "Not bad, a good film.", "The film, the bad."]
-    targets = state._targets(train_ltp.Stage("dense", 1, 1e-4, "none"))
-    answers = []
+def test_the_later_stages_learn_from_the_mean_of_label_and_teachers(base: Path, data: Path, tmp_path: Path) -> None:
+    sizes = ["--base", str(base), "--data", str(data), "--batch", "16", "--threads", "1", "--save-every", "9"]
+    for run, seed in (("one", "1"), ("two", "2")):
+        train_ltp.main([*sizes, "--run", str(tmp_path / run), "--epochs", "1", "0", "0", "--seed", seed])
+    taught = ["--run", str(tmp_path / "taught"), "--teachers", str(tmp_path / "one"), str(tmp_path / "two")]
+    seen: list[torch.Tensor] = []
+    targets = train_ltp.Trainer._targets
+
+    def recording(self: train_ltp.Trainer, stage: train_ltp.Stage) -> torch.Tensor:
+        seen.append(targets(self, stage))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ltp.Trainer, "_targets", recording)
+        train_ltp.main([*sizes, *taught, "--epochs", "1", "1", "1"])
+    lines = [line.split("\t") for line in (data / "train.tsv").read_text().splitlines()[1:]]
+    labels = torch.nn.functional.one_hot(torch.tensor([int(label) for _, label in lines]), 2)
+    model, answers = minilpt.load(base), []
     for run in ("one", "two"):
         params = torch.load(tmp_path / run / "dense.pt", weights_only=True)["params"]
-        rows = [ltp_bert.forward(params, state.shape, *ids_of(row))[0] for row in state.train.ids]
-        answers.append(torch.log_softmax(torch.cat(rows), -1))
-    taught = torch.softmax(sum(answers) / 2, -1)
-    labelled = len(targets) - len(unlabelled)
-    own = torch.nn.functional.one_hot(state.train.labels[:labelled], 2)
-    assert torch.allclose(targets[labelled:], taught[labelled:], atol=1e-5)
-    assert torch.allclose(targets[:labelled], (taught[:labelled] + own) / 2, atol=1e-5)
-
-
-def ids_of(row: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([row])
-    return ids, torch.ones_like(ids, dtype=torch.bool)
+        rows = [torch.tensor([row]) for row in model.encode([text for text, _ in lines])[0]]
+        logits = [ltp_bert.forward(params, SHAPE, row, torch.ones_like(row, dtype=torch.bool))[0] for row in rows]
+        answers.append(torch.log_softmax(torch.cat(logits), -1))
+    dense, soft, hard = seen
+    assert torch.equal(dense, labels.float())
+    assert torch.equal(soft, hard)
+    assert torch.allclose(soft, (labels + torch.softmax(sum(answers) / 2, -1)) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])

@@ -9,7 +9,7 @@ import json
 import struct
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..config import ModelConfig, read_json
 from ..errors import ModelFileError, WeightsError
-from ..quantize import dequantize_rows
+from ..quantize import Quantized, dequantize_rows
 from . import names
 
 Float32 = NDArray[np.float32]
@@ -52,20 +52,24 @@ class Stored:
         return np.require(np.asarray(mapped), requirements="A")
 
 
-class Weights(Mapping[str, Float32]):
-    """Tensors by our names, float32, read when asked for and not kept. The files stay open, so they stay the same."""
+class Weights(Mapping[str, Any]):
+    """Tensors by our names, read when asked for and not kept. The files stay open, so they stay the same.
 
-    def __init__(self, stored: Mapping[str, Stored], wanted: Mapping[str, str]):
-        self._stored, self._wanted = stored, wanted
+    float32, but for those of `as_stored` that the file holds as int8 rows: they are `Quantized`.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], wanted: Mapping[str, str], as_stored: Collection[str]):
+        self._stored, self._wanted, self._as_stored = stored, wanted, as_stored
         self._files = {path: open(path, "rb") for path in {entry.path for entry in stored.values()}}  # noqa: SIM115
         for file in self._files.values():
             weakref.finalize(self, file.close)
 
-    def __getitem__(self, name: str) -> Float32:
+    def __getitem__(self, name: str) -> Float32 | Quantized:
         theirs = self._wanted[name]
         entry = self._stored[theirs]
         if entry.dtype == "I8":
-            return dequantize_rows(self._raw(entry), self._raw(self._stored[theirs + SCALE_SUFFIX]))
+            quantized = Quantized(self._raw(entry), self._raw(self._stored[theirs + SCALE_SUFFIX]))
+            return quantized if name in self._as_stored else dequantize_rows(*quantized)
         return widened(self._raw(entry), entry.dtype)
 
     def _raw(self, entry: Stored) -> NDArray[Any]:
@@ -85,8 +89,8 @@ def widened(raw: NDArray[Any], dtype: str) -> Float32:
     return raw.astype(np.float32, copy=False)
 
 
-def load_weights(folder: Path, config: ModelConfig) -> Weights:
-    """All tensors that the model reads, float32, by our names.
+def load_weights(folder: Path, config: ModelConfig, as_stored: Collection[str] = ()) -> Weights:
+    """All tensors that the model reads, by our names: float32, or int8 rows where `as_stored` names them.
 
     Raises ModelFileError for missing, damaged or pickled files and WeightsError for tensors that are missing,
     unexpected, doubled, or of the wrong shape or dtype; all of it before the first tensor is read.
@@ -95,7 +99,7 @@ def load_weights(folder: Path, config: ModelConfig) -> Weights:
     wanted = names.checkpoint_names(config)
     shapes = names.expected_shapes(config)
     _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family)
-    return Weights(stored, wanted)
+    return Weights(stored, wanted, as_stored)
 
 
 def read_ltp_offsets(folder: Path, layers: int) -> list[np.float32]:

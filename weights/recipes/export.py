@@ -67,7 +67,7 @@ def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A line of the log without the names of one machine's folders: of the teachers, their number."""
     if "options" not in record:
         return record
-    paths = ("base", "data", "unlabelled", "run")
+    paths = ("base", "data", "run")
     options = {key: value for key, value in record["options"].items() if key not in paths}
     return record | {"options": options | {"teachers": len(options.get("teachers", []))}}
 

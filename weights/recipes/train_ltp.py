@@ -6,22 +6,18 @@ Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR an
 `dense` fine-tunes; `soft` learns thresholds and weights under soft masks and the penalty
 `lambda * sum_l mean(alive_l)`, then scales the thresholds by one factor so that the *hard* rule meets the FLOPs target
 on held-out training sentences; `hard` tunes the weights under really removed tokens, every other batch without pruning,
-and scales the thresholds again with every checkpoint. Every stage also learns from the mean output of dense models that
-are there already (--teachers), on unlabelled sentences too (--unlabelled); `soft` and `hard` learn from the run's own
-dense model where no others are named. The word table stays as pretrained, and each stage ends with an exponential
-average of its weights; `hard` takes the one with the best dev accuracies.
+and scales the thresholds again with every checkpoint. `soft` and `hard` also learn from the mean output of dense models
+(--teachers: runs whose dense stage is done; the run's own where none are named). The word table stays as pretrained.
+Each stage ends with an exponential average of its weights; `hard` takes the one with the best dev accuracies.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import gzip
 import json
 import math
 import os
-import random
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,8 +35,6 @@ from ..checkpoint import SCALE_SUFFIX
 from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
 MAX_TOKENS = 128  # SST-2's longest sentence has 66
-SENTENCE_TOKENS = range(5, 65)  # of the unlabelled sentences that are used, as the labelled ones have
-UNLABELLED = -1  # stands for a label
 FROZEN = "bert.embeddings.word_embeddings.weight"  # most dev words are rare in 67,000 phrases
 SCALED_BY = 250  # held-out sentences that the thresholds are scaled by
 AVERAGE_DECAY = 0.999  # of the weights, over about one epoch of 1,000 steps
@@ -59,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places among the examples."""
+    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places in the file."""
 
     ids: Tensor
     mask: Tensor
@@ -69,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised texts with their labels (UNLABELLED where there is none), and the batches drawn from them."""
+    """Tokenised texts with their labels, and the batches drawn from them."""
 
     texts: list[str]
     labels: Tensor
@@ -83,26 +77,6 @@ class Examples:
         texts = [row["sentence"].strip() for row in rows]
         ids = [encoding.ids[:MAX_TOKENS] for encoding in tokenizer.encode_batch(texts)]
         return cls(texts, torch.tensor([int(row["label"]) for row in rows]), ids)
-
-    @classmethod
-    def unlabelled(cls, path: Path, tokenizer: Tokenizer, count: int, seed: int) -> Examples:
-        """`count` sentences, at random, of the texts in a gzipped JSONL file with the field text."""
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            texts = [json.loads(line)["text"] for line in file]
-        # SST-2 writes "do n't", which the tokenizer splits otherwise than "don't".
-        parts = (part.replace("n't", " n't") for text in texts for part in re.split(r"<br />|(?<=[.!?])\s", text))
-        sentences = sorted({part.strip() for part in parts})
-        random.Random(seed).shuffle(sentences)
-        found = [
-            (text, encoding.ids)
-            for text, encoding in zip(sentences, tokenizer.encode_batch(sentences), strict=True)
-            if len(encoding.ids) in SENTENCE_TOKENS
-        ][:count]
-        return cls([text for text, _ in found], torch.full((len(found),), UNLABELLED), [ids for _, ids in found])
-
-    def with_more(self, others: Examples) -> Examples:
-        """These, then the others."""
-        return Examples(self.texts + others.texts, torch.cat([self.labels, others.labels]), self.ids + others.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -160,10 +134,6 @@ class Trainer:
         self.held_out = [whole[at] for at in torch.randperm(len(whole), generator=draw)[:1000].tolist()]
         held = {self.train.texts[row] for row in self.held_out}
         self.rows = [row for row, text in enumerate(self.train.texts) if text not in held]
-        if options.unlabelled:
-            more = Examples.unlabelled(Path(options.unlabelled), tokenizer, options.sentences, options.seed)
-            self.rows += range(len(self.train), len(self.train) + len(more))
-            self.train = self.train.with_more(more)
         self.params = self._base_parameters(base)
         self.thresholds = torch.tensor(
             [options.final_threshold * (layer + 1) / self.shape.layers for layer in range(self.shape.layers)]
@@ -343,19 +313,18 @@ class Trainer:
         return loss
 
     def _targets(self, stage: Stage) -> Tensor:
-        """Probabilities to learn, (rows, labels): the mean of label and teachers where there are both."""
-        labels = F.one_hot(self.train.labels.clamp_min(0), 2).float()
-        teachers = [*map(Path, self.options.teachers)] or [self.folder] * (stage.name != "dense")
-        if not teachers:
+        """Probabilities to learn, (rows, labels): the label, and in the later stages its mean with the teachers'."""
+        labels = F.one_hot(self.train.labels, 2).float()
+        if stage.pruning == "none":
             return labels
-        taught = torch.softmax(self._teacher_logits(teachers), -1)
-        return torch.where((self.train.labels == UNLABELLED)[:, None], taught, (labels + taught) / 2)
+        return (labels + torch.softmax(self._teacher_logits(), -1)) / 2
 
     @torch.no_grad()
-    def _teacher_logits(self, teachers: list[Path]) -> Tensor:
-        """Mean log-probabilities of dense models on the training examples, (rows, labels); computed once per run."""
+    def _teacher_logits(self) -> Tensor:
+        """Mean log-probabilities of the teachers on the training file, (rows, labels); computed once per run."""
         path = self.folder / "teacher.pt"
         if not path.exists():
+            teachers = [*map(Path, self.options.teachers)] or [self.folder]
             logits = torch.zeros(len(self.train), 2)
             for run in teachers:
                 dense = torch.load(run / "dense.pt", weights_only=True)["params"]
@@ -364,10 +333,7 @@ class Trainer:
                         found = forward(dense, self.shape, batch.ids, batch.mask)[0]
                         logits[batch.rows] += torch.log_softmax(found, -1)
             torch.save(logits / len(teachers), path)
-        logits = torch.load(path, weights_only=True)
-        if len(logits) != len(self.train):
-            raise SystemExit(f"{path} is of another --data or --unlabelled; use another --run")
-        return logits
+        return torch.load(path, weights_only=True)
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
@@ -390,13 +356,11 @@ def _as_stored(params: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def options(argv: list[str] | None = None) -> argparse.Namespace:
-    """What the command line asks for."""
+def main(argv: list[str] | None = None) -> None:
+    """Command line: run or continue all three stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
     parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
-    parser.add_argument("--unlabelled", help="gzipped JSONL of texts (field text) whose sentences teachers label")
-    parser.add_argument("--sentences", type=int, default=100_000, help="how many of them are used, at most")
     parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
     parser.add_argument(
         "--teachers", nargs="*", default=[], metavar="RUN", help="folders of runs whose dense stage is done"
@@ -417,20 +381,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
-    found = parser.parse_args(argv)
-    if found.unlabelled and not found.teachers:
-        parser.error("--unlabelled needs --teachers: somebody has to label them")
-    return found
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: run or continue all three stages."""
-    wanted = options(argv)
-    torch.set_num_threads(wanted.threads)
-    trainer = Trainer(wanted)
-    trainer.log(event="start", options=vars(wanted), train=len(trainer.rows), held_out=len(trainer.held_out))
-    dense, soft, hard = wanted.epochs
-    trainer.run(Stage("dense", dense, wanted.learning_rate, "none"))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    trainer = Trainer(options)
+    trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
+    dense, soft, hard = options.epochs
+    trainer.run(Stage("dense", dense, options.learning_rate, "none"))
     trainer.run(Stage("soft", soft, 2e-5, "soft", threshold_learning_rate=1e-4))
     trainer.run(Stage("hard", hard, 3e-5, "hard"))
 
