@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report:
         from . import report
 
-        print(report.tables(files.read_json(options.report)))
-        report.draw(files.read_json(options.report), options.report.with_suffix(".svg"))
+        results = files.read_json(options.report)
+        report.write(results, options.report.with_suffix(""))
+        print(report.summary(results), report.latency_summary(results), sep="\n\n")
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -231,7 +232,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK, help="prepared models are kept here")
     parser.add_argument("--fresh", action="store_true", help="prepare everything again")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", type=Path, help="print the tables of a results file and draw its chart beside it")
+    parser.add_argument("--report", type=Path, help="of a results file: tables and chart beside it, summary on stdout")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.work = options.work.resolve()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .engines import ENGINES
 
 Rounds = Sequence[Mapping[str, float]]
@@ -103,6 +104,72 @@ def cold_start_table(found: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
+def _fastest_peer(rounds: Rounds, precision: str) -> str:
+    """The label of the peer with the lowest median time."""
+    medians = {
+        name: statistics.median(times[name] for times in rounds if name in times)
+        for name, engine in ENGINES.items()
+        if not engine.ours and engine.precision == precision and any(name in times for times in rounds)
+    }
+    return ENGINES[min(medians, key=lambda name: medians[name])].label if medians else "-"
+
+
+def _workloads(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(title, case) of everything whose throughput was measured."""
+    shapes = [
+        (f"{found['title']}, {lengths}", case)
+        for found in results.get("shapes", {}).values()
+        for lengths, case in found["throughput"].items()
+    ]
+    texts = [case for case in results.get("bundled", {}).items() if case[0] != "left_out"]
+    return shapes + [(f"bundled model, {name}", case) for name, case in texts]
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """One line for each workload: throughput as a multiple of the fastest peer's of the same precision."""
+    rows = [["throughput as a multiple of the fastest peer's", *(ENGINES[name].label for name in OURS), "that peer"]]
+    for title, case in _workloads(results):
+        rounds = case["seconds"]
+        peer = "; ".join(f"{_fastest_peer(rounds, precision)}" for precision in ("fp32", "int8"))
+        rows.append([title, *(_shown(ratio(rounds, name)) for name in OURS), peer])
+    return _table(rows)
+
+
+def latency_summary(results: Mapping[str, Any]) -> str:
+    """p50 of one sequence alone in int8, as a share of the fastest int8 peer's."""
+    rows = []
+    for found in results.get("shapes", {}).values():
+        if "latency" not in found:
+            continue
+        ms = found["latency"]["ms"]
+        if not rows:
+            rows = [["p50 of one sequence alone, int8, as a share", *(f"{length} tokens" for length in ms)]]
+        for name in OURS[2:]:
+            shares = [
+                ratio([{key: value["p50"] for key, value in turn.items()} for turn in turns], name)
+                for turns in ms.values()
+            ]
+            cells = ["-" if share is None else f"{1 / share[0]:.2f}" for share in shares]
+            rows.append([f"{found['title']}, {ENGINES[name].label}", *cells])
+    return _table(rows)
+
+
+def write(results: Mapping[str, Any], path: Path) -> None:
+    """Everything as Markdown at `path`.md, and the chart at `path`.svg."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    head = [
+        f"# Results of `python -m benchmarks.peers`, {machine['date']}",
+        f"{machine['processor']} (family {machine['family_model'][0]}, model {machine['family_model'][1]}), "
+        f"{results['options']['threads']} threads, {', '.join(machine['flags'])}; Python {machine['python']}; "
+        f"{versions}. {results['options']['rounds']} rounds, interleaved; medians, and ratios with their range over "
+        f"the rounds. Everything, settings included, is in `{path.name}.json`.",
+        *([f"Left out: {results['left_out']}"] if results["left_out"] else []),
+    ]
+    files.write_text(path.with_suffix(".md"), "\n\n".join([*head, tables(results)]) + "\n")
+    draw(results, path.with_suffix(".svg"))
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """Everything of a results file, as Markdown."""
     parts = []
@@ -135,13 +202,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    cases = [
-        (f"{found['title']}, {lengths} lengths", case)
-        for found in results.get("shapes", {}).values()
-        for lengths, case in found["throughput"].items()
-    ]
-    figure, axes = plt.subplots(1, len(cases), figsize=(7 * len(cases), 4.2), squeeze=False)
-    for axis, (title, case) in zip(axes[0], cases, strict=True):
+    cases = _workloads(results)
+    rows = -(-len(cases) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, (title, case) in zip(axes.flat, cases, strict=False):
         rounds, count = case["seconds"], case["workload"]["sequences"]
         found = {n: [count / times[n] for times in rounds if n in times] for n in ENGINES}
         names = sorted((n for n in found if found[n]), key=lambda n: statistics.median(found[n]))

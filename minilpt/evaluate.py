@@ -29,7 +29,7 @@ TRACED_TEXTS = 64  # in one forward pass
 
 @dataclass(frozen=True)
 class Task:
-    """Columns and metrics of one GLUE task. labels: the class names in GLUE's numbering, empty for regression."""
+    """Columns and metrics of one task, of GLUE or IMDB. labels: class names as numbered there, empty for regression."""
 
     text: str
     pair: str | None
@@ -50,6 +50,7 @@ class Example:
 _ENTAILMENT = ("entailment", "not_entailment")
 TASKS: Mapping[str, Task] = {
     "cola": Task("sentence", None, "label", ("unacceptable", "acceptable"), ("matthews",)),
+    "imdb": Task("text", None, "label", ("negative", "positive"), ("accuracy",)),
     "mnli": Task("premise", "hypothesis", "label", ("entailment", "neutral", "contradiction"), ("accuracy",)),
     "mrpc": Task("#1 String", "#2 String", "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1")),
     "qnli": Task("question", "sentence", "label", _ENTAILMENT, ("accuracy",)),

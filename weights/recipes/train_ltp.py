@@ -387,8 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
     dense, soft, hard = options.epochs
     trainer.run(Stage("dense", dense, options.learning_rate, "none"))
-    trainer.run(Stage("soft", soft, 2e-5, "soft", threshold_learning_rate=1e-4))
-    trainer.run(Stage("hard", hard, 3e-5, "hard"))
+    trainer.run(Stage("soft", soft, 5e-6, "soft", threshold_learning_rate=1e-4))
+    trainer.run(Stage("hard", hard, 1e-5, "hard"))
 
 
 if __name__ == "__main__":
