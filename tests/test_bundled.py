@@ -40,6 +40,23 @@ def test_the_default_is_bundled_with_its_labels() -> None:
     assert 22e6 < (FOLDER / "model.safetensors").stat().st_size < 24e6
 
 
+def test_a_text_keeps_its_answer_however_long_it_grows() -> None:
+    """Without a limit of the score's denominator, from some 60 tokens on only the first one survived layer 1."""
+    sentences = [
+        "The plot makes no sense and the actors look as bored as I was .",
+        "Every joke falls flat , and there are far too many of them .",
+        "I kept looking at my watch and hoping that it would end .",
+        "What a dull , lifeless and badly made film .",
+    ]
+    pruned, dense = minilpt.load(), minilpt.load(pruning=None)
+    for count in (1, 4, 8, 16, 32):
+        text = " ".join(sentences * 8)[: 60 * count]
+        ours, theirs = pruned.predict(text)[0], dense.predict(text)[0]
+        assert (ours.label, theirs.label) == ("negative", "negative")
+        assert ours.score > 0.9
+        assert ours.executed_flops < theirs.executed_flops
+
+
 def test_the_card_is_made_from_the_results() -> None:
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == model_card.card(FOLDER)
 
