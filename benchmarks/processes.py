@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 120  # the longest request, one round of RoBERTa-base, takes some 30 s
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -44,6 +46,9 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE_S)
+            if not ready:  # seen once: an engine that slept for 15 minutes, all its threads waiting for a lock
+                self._process.kill()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
