@@ -19,8 +19,11 @@ def main() -> None:
         error = np.abs(polynomial.polyval(r, coefficients) / wanted - 1)
         weight *= 0.3 + error / error.max()
         weight /= weight.max()
-    narrow = polynomial.polyval(r.astype(np.float32), coefficients.astype(np.float32))
-    print("largest relative error", error.max(), "in float32", np.abs(narrow / 2.0 ** r.astype(np.float32) - 1).max())
+    narrow = r.astype(np.float32)
+    found = polynomial.polyval(narrow, coefficients.astype(np.float32)).astype(np.float64)
+    print(
+        "largest relative error", error.max(), "in float32", np.abs(found / 2.0 ** narrow.astype(np.float64) - 1).max()
+    )
     print(*(f"{value!r}" for value in coefficients.tolist()), sep="\n")
 
 

@@ -136,7 +136,7 @@ def test_activations_reach_their_limits(registry: str, name: str) -> None:
     m=st.integers(1, 9),
     n=st.integers(1, 140),
     heads=st.sampled_from([1, 2, 4]),
-    spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4, 1e8, 1e15]),
 )
 def test_attention_rows_sum_to_one_and_masses_to_the_number_of_queries(
     registry: str, seed: int, m: int, n: int, heads: int, spread: float
@@ -145,6 +145,17 @@ def test_attention_rows_sum_to_one_and_masses_to_the_number_of_queries(
     probs = KERNELS[registry]["attention_probs"](q, k, heads)
     assert np.abs(probs.sum(axis=-1) - 1).max() <= 4 * n * EPS
     assert abs(KERNELS[registry]["attention_mass"](probs).sum() - m) <= 4 * m * n * EPS
+
+
+@needs_numba
+def test_exp2_keeps_its_stated_error() -> None:
+    """Through a softmax whose largest score is 0: probabilities are powers over their sum."""
+    scores = np.concatenate([np.linspace(-80, 0, 20_001, dtype=np.float32), np.float32([-88.5, -1000, -3e38])])
+    found = compiled.attention_probs(np.ones((1, 1), np.float32), scores[:, None], 1)[0, 0].astype(np.float64)
+    powers, wanted = found[:20_001] / found[20_000], np.exp(scores[:20_001].astype(np.float64))
+    # 1e-7 of the power; its argument is a product with a rounded constant, 2^-24 relative each; two quotients.
+    assert (np.abs(powers / wanted - 1) <= 1e-7 + np.abs(scores[:20_001]) * 2.0**-23 + 3 * EPS).all()
+    assert (found[20_001:] == 0).all()
 
 
 @pytest.mark.parametrize("registry", KERNELS)

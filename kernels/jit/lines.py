@@ -69,11 +69,9 @@ def softmax_line(typingctx, address, count, scale):
 
         peak = emit.splat(emit.largest(_over_row(emit, count, [lowest], maximum)[0]))
         factor = emit.splat(builder.fmul(scale, ir.Constant(F32, LOG2_E)))
-        # What the product with the peak rounds away is the same in all powers, and goes out with their sum.
-        shift = builder.fneg(builder.fmul(peak, factor))
 
         def exponential(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
-            power = emit.exp2(emit.fma(_load(emit, address, at, mask), factor, shift))
+            power = emit.exp2(builder.fmul(builder.fsub(_load(emit, address, at, mask), peak), factor))
             _store(emit, power, address, at, mask)
             return [builder.fadd(state[0], _where(emit, mask, power, zero))]
 

@@ -21,9 +21,10 @@ TILE_1, TILE_2, TILE_3, TILE_4 = (_TILES[min(at, len(_TILES) - 1)] for at in ran
 def float_panel(a, a_stride, rows, b, b_stride, start, start_stride, c, c_stride, depth, vectors, ahead, ahead_bytes):
     """c = start + a b: `rows` rows by `vectors` vectors of columns, at most one panel's. Strides in bytes.
 
-    Of the memory that will be read next, `ahead_bytes` from `ahead` on, every tile fetches its part.
+    Of the memory that will be read next, `ahead_bytes` from `ahead` on, every tile fetches its part; of 0 bytes, which
+    caches hold already, the first lines over and over.
     """
-    part = ahead_bytes * TALL // (rows + TALL - 1)
+    part = ahead_bytes // ((rows + TALL - 1) // TALL)
     step = part // depth
     for r in range(0, rows, TALL):
         x, begin, out, high = a + r * a_stride, start + r * start_stride, c + r * c_stride, min(TALL, rows - r)
