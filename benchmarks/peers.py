@@ -96,8 +96,9 @@ def _run_shape(bench: compare.Bench, options: argparse.Namespace, shape: str, re
         files.write_json(case / "rows.json", rows)
         files.write_json(case / "verify.json", rows[: VERIFIED[lengths]])
         _prepare_case(bench, case)
-        found = {"workload": workloads.describe(rows), "pruning": _counted(case)} | compare.throughput(bench, case)
-        results["throughput"][lengths] = found
+        fresh = _afresh(bench)
+        found = {"workload": workloads.describe(rows), "pruning": _counted(case)} | compare.throughput(fresh, case)
+        results["throughput"][lengths] = found | {"left_out": fresh.skipped}
         save()
     if options.latency and results["throughput"]:
         first = next(iter(results["throughput"]))
@@ -130,7 +131,9 @@ def _run_bundled(bench: compare.Bench, options: argparse.Namespace, results: Any
                 rows = files.read_json(case / "rows.json")
                 _say(f"bundled model, {case.name}: {workloads.describe(rows)}")
                 found = {"workload": workloads.describe(rows), "pruning": _counted(case)}
-                found |= compare.throughput(fresh, case)
+                once = _afresh(fresh)
+                found |= compare.throughput(once, case)
+                found["left_out"] = once.skipped
                 if "onnxruntime-int8" in fresh.usable():
                     found["onnxruntime_variants"] = compare.verify_variants(fresh, "onnxruntime-int8", case)
                 results["bundled"][case.name] = found
@@ -144,7 +147,7 @@ def _run_bundled(bench: compare.Bench, options: argparse.Namespace, results: Any
 
 
 def _afresh(bench: compare.Bench) -> compare.Bench:
-    """The same bench with its own list of what is left out, so that one model's failure stays with that model."""
+    """The same bench with its own list of what is left out, so that a failure stays with its model or workload."""
     return compare.Bench(**vars(bench) | {"skipped": dict(bench.skipped)})
 
 

@@ -49,6 +49,7 @@ class Worker:
             ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE_S)
             if not ready:  # seen once: an engine that slept for 15 minutes, all its threads waiting for a lock
                 self._process.kill()
+                raise EngineError(f"{self.name}, {do}: no answer within {PATIENCE_S} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
