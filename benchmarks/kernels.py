@@ -154,7 +154,10 @@ def attention(n: int, heads: int = 12, d: int = 64) -> dict[str, float]:
 
 
 def forward(work: Path) -> dict[str, Any]:
-    """The whole forward pass on one thread, by precision; dense beside pruned in turn, each the best of ROUNDS."""
+    """The whole forward pass on one thread, by precision; dense beside pruned in turn, each the best of ROUNDS.
+
+    The operations are the executed FLOPs, of which int8 models do attention's in float32.
+    """
     folder, rule = work / "roberta-base", work / "roberta-base" / "forward-ltp.json"
     if not (folder / "model.safetensors").is_file():
         workloads.write_checkpoint(folder, "roberta-base")
@@ -186,7 +189,7 @@ def forward(work: Path) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Peaks and kernels, each the best of ROUNDS, peaks before and after."""
+    """Peaks, kernels and the forward pass, each the best of ROUNDS, peaks before and after."""
     compiled.warm_up()
     before = peaks()
     shapes = [(6, 768, 768), (96, 768, 768), (96, 768, 3072), (96, 3072, 768), (480, 768, 3072), (480, 384, 1536)]

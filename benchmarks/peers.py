@@ -1,6 +1,6 @@
 """minilpt beside ONNX Runtime, OpenVINO, CTranslate2 and PyTorch: throughput, latency, memory, cold start.
 
-    python -m benchmarks.peers                      # everything, about as long as README.md says
+    python -m benchmarks.peers                      # everything, some two hours on two cores
     python -m benchmarks.peers --quick              # every step on little work, to see that it runs
     python -m benchmarks.peers --report results.json
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import report
 
         results = files.read_json(options.report)
-        report.write(results, options.report.with_suffix(""))
+        report.write(results, options.report)
         print(report.summary(results), report.latency_summary(results), sep="\n\n")
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)

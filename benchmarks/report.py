@@ -144,7 +144,7 @@ def latency_summary(results: Mapping[str, Any]) -> str:
         ms = found["latency"]["ms"]
         if not rows:
             rows = [["p50 of one sequence alone, int8, as a share", *(f"{length} tokens" for length in ms)]]
-        for name in OURS[2:]:
+        for name in (name for name in OURS if ENGINES[name].precision == "int8"):
             shares = [
                 ratio([{key: value["p50"] for key, value in turn.items()} for turn in turns], name)
                 for turns in ms.values()
@@ -155,7 +155,7 @@ def latency_summary(results: Mapping[str, Any]) -> str:
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:
-    """Everything as Markdown at `path`.md, and the chart at `path`.svg."""
+    """Everything as Markdown and as a chart, beside the results file at `path`."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     head = [
@@ -163,7 +163,7 @@ def write(results: Mapping[str, Any], path: Path) -> None:
         f"{machine['processor']} (family {machine['family_model'][0]}, model {machine['family_model'][1]}), "
         f"{results['options']['threads']} threads, {', '.join(machine['flags'])}; Python {machine['python']}; "
         f"{versions}. {results['options']['rounds']} rounds, interleaved; medians, and ratios with their range over "
-        f"the rounds. Everything, settings included, is in `{path.name}.json`.",
+        f"the rounds. Everything, settings included, is in `{path.name}`.",
         *([f"Left out: {results['left_out']}"] if results["left_out"] else []),
     ]
     files.write_text(path.with_suffix(".md"), "\n\n".join([*head, tables(results)]) + "\n")
@@ -197,12 +197,14 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """A bar chart of every workload's sequences per second, as an SVG or whatever the path's ending says."""
+    cases = _workloads(results)
+    if not cases:
+        return
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    cases = _workloads(results)
     rows = -(-len(cases) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(13, 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(cases) :]:

@@ -52,7 +52,8 @@ BATCH = _record(
 # Rows of activations: float32 at `floats` and, in an int8 model, quantised at `integers` with one factor each.
 ROWS = _record("floats stride integers integer_stride factors")
 
-# The scratch memory of one team of threads. Of what is `local_bytes` long every thread has its own.
+# The scratch memory of one team of threads. Of what is `local_bytes` long every thread has its own: one head's packed
+# keys (`jit.attention.keys_bytes`), its values, and the bookkeeping of `jit.encoder.forward`.
 WORK = _record(
     "chunk zeros barrier yield_core local local_bytes probs probs_bytes received received_bytes query_key_value"
     " query_key_value_stride room room_stride",

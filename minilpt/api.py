@@ -73,7 +73,7 @@ def load(
     will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
     None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
     precision: "fp32" or "int8". threads: of the compiled kernels, by default one for each usable core; on NumPy they
-    are BLAS's, set for the whole process.
+    are BLAS's, set for the whole process if given.
 
     Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
     missing tokenizer is an error only when texts are asked for.

@@ -65,8 +65,8 @@ class Threshold:
     """LTP: keep k iff mass_k / Z >= max(1e-5, thresholds[layer]); a threshold of exactly 0 means no rule.
 
     score_denominator Z: "initial" (the sequence's length before layer 0), "live" (before this layer), or a number.
-    denominator_limit: Z is never more. Masses have mean 1 in layer 0 however long the text, so the mean score is 1 / Z:
-    without a limit, thresholds that suit short texts would remove nearly all tokens of long ones.
+    denominator_limit: Z is never more. The masses of live tokens have mean 1 however long the text, so the mean score
+    is 1 / Z: without a limit, thresholds that suit short texts would remove nearly all tokens of long ones.
     """
 
     thresholds: tuple[float, ...]
@@ -254,13 +254,15 @@ class _Checker:
     def denominator(self) -> ScoreDenominator:
         value = self.record["score_denominator"]
         if value not in ("initial", "live") and not _is_length(value):
-            raise self.error(f'score_denominator must be "initial", "live" or a positive integer, found {value!r}')
+            raise self.error(
+                f'score_denominator must be "initial", "live" or a positive integer below 2^31, found {value!r}'
+            )
         return value
 
     def limit(self) -> int:
         value = self.record.get("denominator_limit")
         if value is not None and not _is_length(value):
-            raise self.error(f"denominator_limit must be a positive integer or null, found {value!r}")
+            raise self.error(f"denominator_limit must be a positive integer below 2^31 or null, found {value!r}")
         return MOST_TOKENS if value is None else value
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,38 @@ def test_a_ratio_is_against_the_fastest_peer_of_its_precision_in_each_round() ->
     ]
     assert report.ratio(rounds, "minilpt-int8") == (1.5, 1.0, 2.0)
     assert report.ratio(rounds, "minilpt-fp32") is None
+
+
+def results(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """A results file with one workload and one length of the latency."""
+    latency = [{name: {"p50": ms, "p95": ms} for name, ms in turn.items()} for turn in rounds]
+    machine = {"date": "2026-11-25", "processor": "one", "family_model": ["6", "1"], "flags": ["avx2"]}
+    case = {"seconds": rounds, "workload": {"sequences": 8, "mean": 3.0}, "pruning": {"counted_ratio": 0.5}}
+    case |= {"peak_mb": {}, "verified": {}}
+    shape = {"title": "small", "throughput": {"mnli": case}, "latency": {"ms": {"16": latency}}}
+    return {
+        "machine": machine | {"python": "3.11", "versions": {"minilpt": "0.1.0", "torch": None}},
+        "options": {"threads": 2, "rounds": len(rounds)},
+        "left_out": {},
+        "shapes": {"minilm-l6": shape},
+    }
+
+
+def test_the_summaries_hold_ratios_and_name_the_fastest_peer() -> None:
+    found = results([{"minilpt-int8": 1.0, "openvino-int8": 2.0, "onnxruntime-int8": 3.0, "torch-fp32": 0.1}])
+    line = report.summary(found).splitlines()[-1]
+    assert line == "| small, mnli | - | - | 2.00 (2.00 to 2.00) | - | PyTorch fp32; OpenVINO int8, static |"
+    line = report.latency_summary(found).splitlines()[2]
+    assert line == "| small, minilpt int8 | 0.50 |"
+
+
+def test_a_report_is_written_beside_its_results(tmp_path: Path) -> None:
+    found = results([{"minilpt-int8": 1.0, "openvino-int8": 2.0}])
+    del found["shapes"]["minilm-l6"]["throughput"]["mnli"]  # a chart needs matplotlib
+    report.write(found, tmp_path / "some.results.json")
+    text = (tmp_path / "some.results.md").read_text()
+    assert "minilpt 0.1.0. 1 rounds" in text
+    assert "| minilpt int8 | 1.00 (0.50 x) |" in text
 
 
 @pytest.mark.parametrize("shape", workloads.SHAPES)

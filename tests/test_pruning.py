@@ -134,8 +134,9 @@ def test_the_score_denominator_is_named_or_a_positive_integer(name: str, value: 
 
 @pytest.mark.parametrize("value", [*NO_LENGTHS, "initial"], ids=lambda value: repr(value)[:8])
 def test_the_denominator_limit_is_a_positive_integer_or_null(value: Any) -> None:
-    with pytest.raises(minilpt.PruningError, match="denominator_limit must be a positive integer or null"):
+    with pytest.raises(minilpt.PruningError, match=r"denominator_limit must be a positive integer below 2\^31 or null"):
         parsed(RECORDS["limited"] | {"denominator_limit": value})
+    assert parsed(RECORDS["limited"] | {"denominator_limit": 2**31 - 1})
     none = parsed(RECORDS["limited"] | {"denominator_limit": None}).rule
     assert none == parsed(without("limited", "denominator_limit")).rule
 

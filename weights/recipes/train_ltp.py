@@ -165,7 +165,9 @@ class Trainer:
     def save(self, name: str, **more: object) -> None:
         """Write a checkpoint whole or not at all."""
         target = self.folder / f"{name}.pt"
-        torch.save({"params": self.params, "thresholds": self.thresholds, **more}, target.with_suffix(".tmp"))
+        limit = self.options.denominator_limit
+        state = {"params": self.params, "thresholds": self.thresholds, "denominator_limit": limit, **more}
+        torch.save(state, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
 
     def restore(self, name: str) -> dict[str, Any] | None:
@@ -179,13 +181,13 @@ class Trainer:
     def run(self, stage: Stage) -> None:
         if self.restore(stage.name):
             return self.log(stage=stage.name, event="already done")
-        targets = self._targets(stage)
         batches = [
             rows
             for epoch in range(math.ceil(stage.epochs))
             for rows in self.train.shuffled(self.rows, self.options.batch, self.options.seed * 1000 + epoch)
         ]
         del batches[round(len(batches) * stage.epochs / max(1, math.ceil(stage.epochs))) :]
+        targets = self._targets(stage) if batches else torch.empty(0)
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
         best = state["best"] if state else {"sum": 0.0}
@@ -322,9 +324,9 @@ class Trainer:
     @torch.no_grad()
     def _teacher_logits(self) -> Tensor:
         """Mean log-probabilities of the teachers on the training file, (rows, labels); computed once per run."""
-        path = self.folder / "teacher.pt"
+        path, teachers = self.folder / "teacher.pt", [*map(Path, self.options.teachers)] or [self.folder]
+        names = [teacher.name for teacher in teachers]
         if not path.exists():
-            teachers = [*map(Path, self.options.teachers)] or [self.folder]
             logits = torch.zeros(len(self.train), 2)
             for run in teachers:
                 dense = torch.load(run / "dense.pt", weights_only=True)["params"]
@@ -332,8 +334,11 @@ class Trainer:
                     for batch in self.train.by_length(list(range(len(self.train))), 256):
                         found = forward(dense, self.shape, batch.ids, batch.mask)[0]
                         logits[batch.rows] += torch.log_softmax(found, -1)
-            torch.save(logits / len(teachers), path)
-        return torch.load(path, weights_only=True)
+            torch.save({"logits": logits / len(teachers), "teachers": names}, path)
+        stored = torch.load(path, weights_only=True)
+        if stored["teachers"] != names:
+            raise SystemExit(f"{path} holds what {stored['teachers']} said, not {names}; use another --run")
+        return stored["logits"]
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
