@@ -65,20 +65,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if importlib.util.find_spec(ENGINES[name].package) is None:
             bench.skip(name, EngineError(f"{ENGINES[name].package} is not installed"))
     results = {"machine": machine(), "options": _recorded(options), "left_out": bench.skipped, "shapes": {}}
-    began = time.monotonic()
+    if options.add:
+        results = _continued(results, options.out)
+    before, began = results.get("minutes", 0.0), time.monotonic()
 
     def save() -> None:
-        results["minutes"] = (time.monotonic() - began) / 60
+        results["minutes"] = before + (time.monotonic() - began) / 60
         files.write_json(options.out, results)
 
     if "shapes" in options.parts:
         for shape in options.shapes:
-            results["shapes"][shape] = {"title": workloads.SHAPES[shape].title, "throughput": {}}
-            _run_shape(bench, options, shape, results["shapes"][shape], save)
+            found = results["shapes"].setdefault(shape, {"title": workloads.SHAPES[shape].title, "throughput": {}})
+            _run_shape(bench, options, shape, found, save)
     if "bundled" in options.parts or "cold-start" in options.parts:
         _run_bundled(bench, options, results, save)
     save()
     _say(f"wrote {options.out}; draw it with: python -m benchmarks.peers --report {options.out}")
+
+
+def _continued(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results at `path`, to be added to: of this machine, its versions and the same rounds and threads."""
+    found = files.read_json(path)
+    same = [("machine", "processor"), ("machine", "family_model"), ("machine", "versions")]
+    for part, name in [*same, ("options", "rounds"), ("options", "threads"), ("options", "sequences")]:
+        if found[part][name] != results[part][name]:
+            sys.exit(f"{path}: {name} was {found[part][name]}, now it is {results[part][name]}; leave out --add")
+    return dict(found)
 
 
 def _run_shape(bench: compare.Bench, options: argparse.Namespace, shape: str, results: Any, save: Any) -> None:
@@ -235,6 +247,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK, help="prepared models are kept here")
     parser.add_argument("--fresh", action="store_true", help="prepare everything again")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="keep what --out holds of this machine, run the rest")
     parser.add_argument("--report", type=Path, help="of a results file: tables and chart beside it, summary on stdout")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (2 if options.quick else 5)
