@@ -47,7 +47,7 @@ def _shown(values: tuple[float, float, float] | None) -> str:
     return "-" if values is None else f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -73,7 +73,7 @@ def throughput_table(case: Mapping[str, Any], wanted: Callable[[str], float | No
                 f"{case['verified'][name]['max_difference']:.1e}" if name in case["verified"] else "-",
             ]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def latency_table(latency: Mapping[str, Any]) -> str:
@@ -89,7 +89,7 @@ def latency_table(latency: Mapping[str, Any]) -> str:
             found = ratio(turns, name) if name in OURS else None
             cells.append(cell if found is None else f"{cell} ({1 / found[0]:.2f} x)")
         rows.append([ENGINES[name].label, *cells])
-    return _table(rows)
+    return table(rows)
 
 
 def cold_start_table(found: Mapping[str, Any]) -> str:
@@ -101,7 +101,7 @@ def cold_start_table(found: Mapping[str, Any]) -> str:
             rows.append(
                 [ENGINES[name].label, *seconds, f"{statistics.median(run['peak_mb'] for run in runs['warm']):.0f}"]
             )
-    return _table(rows)
+    return table(rows)
 
 
 def _fastest_peer(rounds: Rounds, precision: str) -> str:
@@ -132,7 +132,7 @@ def summary(results: Mapping[str, Any]) -> str:
         rounds = case["seconds"]
         peer = "; ".join(f"{_fastest_peer(rounds, precision)}" for precision in ("fp32", "int8"))
         rows.append([title, *(_shown(ratio(rounds, name)) for name in OURS), peer])
-    return _table(rows)
+    return table(rows)
 
 
 def latency_summary(results: Mapping[str, Any]) -> str:
@@ -151,7 +151,7 @@ def latency_summary(results: Mapping[str, Any]) -> str:
             ]
             cells = ["-" if share is None else f"{1 / share[0]:.2f}" for share in shares]
             rows.append([f"{found['title']}, {ENGINES[name].label}", *cells])
-    return _table(rows)
+    return table(rows)
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:

@@ -4,9 +4,11 @@ Importing this loads NumPy and the standard library only.
 """
 
 from .api import Classifier, Prediction, load
+from .calibration import Calibration, calibrate
 from .engine import Forward
 from .errors import (
     BackendError,
+    CalibrationError,
     DependencyError,
     InputError,
     MinilptError,
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Calibration",
+    "CalibrationError",
     "Classifier",
     "DependencyError",
     "Forward",
@@ -36,5 +40,6 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "WeightsError",
+    "calibrate",
     "load",
 ]

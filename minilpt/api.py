@@ -16,6 +16,7 @@ from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_config
 from .engine import Engine, Forward
 from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError
+from .explanation import Explanation, Token
 from .numpy_engine import NumpyEngine
 from .pruning import Pruning
 from .ragged import TokenBatch
@@ -127,16 +128,35 @@ class Classifier:
         engine = self._engine.with_rule(chosen.rule if chosen else None)
         return Classifier(self.folder, self.config, engine, chosen, self._encoder)
 
+    def with_flops_ratio(self, flops_ratio: float) -> Classifier:
+        """The same weights at another point of the frontier that ltp.json holds; see `predict`."""
+        if not isinstance(flops_ratio, (int, float)) or not 0 <= flops_ratio <= 1:
+            raise PruningError(f"flops_ratio must be a number from 0 to 1, found {flops_ratio!r}")
+        if self.pruning is None:
+            raise PruningError("flops_ratio moves along the frontier of an ltp.json, and this model is not pruned")
+        chosen = self.pruning.at(flops_ratio)
+        return Classifier(self.folder, self.config, self._engine.with_rule(chosen.rule), chosen, self._encoder)
+
     def predict(
-        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+        self,
+        texts: Item | Iterable[Item],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+        flops_ratio: float | None = None,
     ) -> list[Prediction]:
         """Classify texts, pairs `(a, b)` or `{"text": a, "text_pair": b}`, in any iterable; a list in the same order.
 
         batch_tokens bounds the tokens of one batch (longer texts go alone). With 1 every text runs by itself, and its
-        logits are bit for bit independent of the others. progress: a bar on stderr.
-        Raises InputError for anything that is not a text or a pair, TokenizerError if the model has no tokenizer.
+        logits are bit for bit independent of the others. progress: a bar on stderr. flops_ratio: prune as the point of
+        the frontier in ltp.json that spends the most within this share of the dense counted FLOPs (a mean over the
+        texts it was calibrated on); 1 is the dense model.
+        Raises InputError for anything that is not a text or a pair, TokenizerError if the model has no tokenizer,
+        PruningError if the frontier has no such point or there is none.
         """
-        items = _items(texts)
+        if flops_ratio is not None:
+            return self.with_flops_ratio(flops_ratio).predict(texts, batch_tokens=batch_tokens, progress=progress)
+        items = text_items(texts)
         predictions: dict[int, Prediction] = {}
         for indices, encoded, result in self._batches(items, batch_tokens, progress):
             scores = self._activated(result.logits)
@@ -145,16 +165,29 @@ class Classifier:
         return [predictions[index] for index in range(len(items))]
 
     def predict_proba(
-        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+        self,
+        texts: Item | Iterable[Item],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+        flops_ratio: float | None = None,
     ) -> Float32:
-        """The scores of every label, (texts, labels) float32, columns as in `classes_`."""
-        return self._activated(self.logits(texts, batch_tokens=batch_tokens, progress=progress))
+        """The scores of every label, (texts, labels) float32, columns as in `classes_`; options as in `predict`."""
+        logits = self.logits(texts, batch_tokens=batch_tokens, progress=progress, flops_ratio=flops_ratio)
+        return self._activated(logits)
 
     def logits(
-        self, texts: Item | Iterable[Item], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+        self,
+        texts: Item | Iterable[Item],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+        flops_ratio: float | None = None,
     ) -> Float32:
-        """The model's outputs before any activation, (texts, labels) float32."""
-        items = _items(texts)
+        """The model's outputs before any activation, (texts, labels) float32; options as in `predict`."""
+        if flops_ratio is not None:
+            return self.with_flops_ratio(flops_ratio).logits(texts, batch_tokens=batch_tokens, progress=progress)
+        items = text_items(texts)
         out = np.zeros((len(items), len(self.config.labels)), np.float32)
         for indices, _, result in self._batches(items, batch_tokens, progress):
             out[indices] = result.logits
@@ -185,9 +218,36 @@ class Classifier:
                 raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
         return self._run(ids, segments, trace=trace)
 
+    def explain(self, text: Item) -> Explanation:
+        """One text or pair, with the layer at which each of its tokens was removed and the scores that decided it.
+
+        Raises InputError for anything but one text, TokenizerError if the model has no tokenizer.
+        """
+        items = text_items([text] if isinstance(text, tuple) else text)
+        if len(items) != 1:
+            raise InputError(f"explain takes one text or pair, found {len(items)}")
+        (prediction,) = self.predict(items)
+        traced = self.forward(*self.encode(items), trace=True)
+        assert traced.masses is not None and traced.kept is not None
+        scores: list[list[float]] = [[] for _ in range(prediction.n_tokens)]
+        live = np.arange(prediction.n_tokens)
+        for masses, kept in zip(traced.masses, traced.kept, strict=True):
+            for place, mass in zip(live.tolist(), masses.tolist(), strict=True):
+                scores[place].append(mass)
+            live = live[kept]
+        stays = set(live.tolist())
+        pieces = self._text_encoder().pieces(items[0])
+        tokens = [
+            Token(**vars(piece), scores=tuple(found), removed_in=None if place in stays else len(found) - 1)
+            for place, (piece, found) in enumerate(zip(pieces, scores, strict=True))
+        ]
+        parts = (items[0],) if isinstance(items[0], str) else items[0]
+        pruning = self.pruning.name if self.pruning else None
+        return Explanation(parts, tuple(tokens), prediction.label, prediction.score, self.config.layers, pruning)
+
     def encode(self, texts: Item | Iterable[Item]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segment ids of texts or pairs, as `forward` takes them."""
-        encoded = self._text_encoder().encode(_items(texts))
+        encoded = self._text_encoder().encode(text_items(texts))
         return [item.ids.tolist() for item in encoded], [item.segments.tolist() for item in encoded]
 
     def _checked(self, at: int, kind: str, values: Sequence[int], rows: int) -> NDArray[np.int32]:
@@ -297,7 +357,7 @@ def _stored_pruning(folder: Path, config: ModelConfig, warn: bool) -> Pruning | 
     return pruning.from_ltp_checkpoint(config.ltp, offsets, LTP_SCORE_DENOMINATOR)
 
 
-def _items(texts: Item | Iterable[Item]) -> list[TextOrPair]:
+def text_items(texts: Item | Iterable[Item]) -> list[TextOrPair]:
     """One entry per text; a bare string or dict is one. Raises InputError for what is neither text nor pair."""
     if isinstance(texts, (str, Mapping)):
         texts = [texts]
@@ -339,8 +399,8 @@ def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]
         yield batch
 
 
-def progress_bar(total: int | None, wanted: bool) -> Any:
+def progress_bar(total: float | None, wanted: bool, unit: str = "text") -> Any:
     """A tqdm bar on stderr, silent unless wanted."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="text", disable=not wanted)
+    return tqdm(total=total, unit=unit, disable=not wanted)

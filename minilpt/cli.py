@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | models | info | warmup | eval`.
+"""The command line: `minilpt predict | explain | calibrate | eval | models | info | warmup`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -20,9 +20,13 @@ from typing import Any, TextIO
 
 from . import __version__, backends, records
 from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
-from .errors import BackendError, InputError, MinilptError
-from .evaluate import TASKS, evaluate, machine, read_examples
+from .calibration import MOST_TEXTS, Calibration, Point, calibrate
+from .errors import BackendError, MinilptError
+from .evaluate import evaluate, machine
+from .files import write_whole
 from .kernels import compiled, isa
+from .pruning import FILE_NAME
+from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .weights.resolve import DEFAULT, bundled_names
 
@@ -36,16 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # JSON is UTF-8, whatever the locale says
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except MinilptError as error:
         print(f"minilpt: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,21 +61,48 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classify texts")
     predict.add_argument("texts", nargs="*", metavar="TEXT")
     predict.add_argument("--input", metavar="FILE", help="classify the rows of a file instead; - is standard input")
-    predict.add_argument("--input-format", choices=records.FORMATS, help="default: by the file's ending, else lines")
-    predict.add_argument("--text-column", default="text", metavar="NAME", help="in JSONL, CSV and TSV (default: text)")
-    predict.add_argument(
-        "--pair-column", metavar="NAME", help="the second text of a pair (default: text_pair, if there)"
-    )
+    _add_input_options(predict)
+    predict.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
     predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
-    predict.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="a progress bar on stderr (default: with --input, on a terminal)",
-    )
+    _add_progress_option(predict, "with --input, on a terminal")
     _add_model_options(predict)
     predict.set_defaults(run=_predict, usage_error=predict.error)
+
+    explain = commands.add_parser("explain", help="show at which layer each token of a text was removed")
+    explain.add_argument("text", metavar="TEXT")
+    explain.add_argument("pair", nargs="?", metavar="TEXT", help="the second text of a pair")
+    explain.add_argument("--html", metavar="FILE", help="write a page for a browser instead of coloured text")
+    explain.add_argument("--format", choices=("ansi", "json"), default="ansi", help="of the output")
+    explain.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
+    _add_model_options(explain)
+    explain.set_defaults(run=_explain)
+
+    calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
+    calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    calibration.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
+    _add_input_options(calibration)
+    calibration.add_argument("--flops-ratio", type=float, metavar="R", help="spend this share of the dense FLOPs")
+    calibration.add_argument(
+        "--agreement", type=float, metavar="A", help="keep the dense model's label for at least this share of texts"
+    )
+    calibration.add_argument(
+        "--max-drop", type=float, metavar="POINTS", help="lose at most this much of the metric; needs --labels"
+    )
+    calibration.add_argument("--labels", metavar="COLUMN", help="read for --max-drop only")
+    calibration.add_argument("--seed", type=int, default=0)
+    calibration.add_argument(
+        "--max-texts",
+        type=_positive,
+        default=MOST_TEXTS,
+        metavar="N",
+        help=f"sampled if more (default: {MOST_TEXTS})",
+    )
+    calibration.add_argument("--out", metavar="FILE", help="default: ltp.json in the model's folder, if it has none")
+    calibration.add_argument("--plot", metavar="FILE", help="draw the frontier; the ending says the format")
+    _add_progress_option(calibration, "on a terminal")
+    _add_engine_options(calibration)
+    calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
 
     commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
 
@@ -83,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("eval", help="a task's metrics, FLOPs and time, dense beside pruned")
     evaluation.add_argument("task", choices=sorted(TASKS), metavar="TASK", help=", ".join(sorted(TASKS)))
-    evaluation.add_argument("--data", required=True, metavar="FILE", help="a GLUE-style TSV, CSV or JSONL file")
+    evaluation.add_argument("--data", required=True, metavar="PATH", help="a TSV, CSV or JSONL file, or GLUE's folder")
     evaluation.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed runs of each variant")
     evaluation.add_argument("--format", choices=("json", "table"), default="table", help="of the output")
     evaluation.add_argument("--out", metavar="FILE", help="also write the JSON record to this file")
@@ -92,9 +124,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input-format", choices=records.FORMATS, help="default: by the file's ending, else lines")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="in JSONL, CSV and TSV (default: text)")
+    parser.add_argument("--pair-column", metavar="NAME", help="second texts of pairs (default: text_pair, if there)")
+
+
+def _add_progress_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"a progress bar on stderr (default: {default})",
+    )
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    _add_engine_options(parser)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
     parser.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
 
@@ -107,7 +158,9 @@ def _positive(text: str) -> int:
 
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
-    return load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
+    model = load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
+    ratio = getattr(options, "flops_ratio", None)
+    return model if ratio is None else model.with_flops_ratio(ratio)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -131,13 +184,17 @@ def _texts(options: argparse.Namespace) -> Iterator[Iterator[TextOrPair]]:
     if options.input is None:
         yield iter(options.texts)
         return
+    with _rows(options) as rows:
+        yield (records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows)
+
+
+@contextmanager
+def _rows(options: argparse.Namespace) -> Iterator[Iterator[tuple[str, records.Row]]]:
+    """The rows of the file, or of standard input, with their places."""
     kind = options.input_format or records.format_of(options.input)
     name = "standard input" if options.input == "-" else options.input
     with _opened(options.input) as lines:
-        yield (
-            records.text_of(place, row, options.text_column, options.pair_column)
-            for place, row in records.rows(lines, kind, name)
-        )
+        yield records.rows(lines, kind, name)
 
 
 @contextmanager
@@ -167,6 +224,71 @@ def _write_table(texts: Sequence[TextOrPair], predictions: Sequence[Prediction],
             f"{prediction.label:<{width}}  {prediction.score:.3f}  {prediction.n_tokens:>6}  {kept:<18}  {share:>4.0%}"
             f"  {' '.join(shown.split())}"
         )
+
+
+def _explain(options: argparse.Namespace) -> None:
+    text = options.text if options.pair is None else (options.text, options.pair)
+    found = _load(options).explain(text)
+    if options.html:
+        write_whole(Path(options.html), found.to_html())
+        print(f"minilpt: wrote {options.html}", file=sys.stderr)
+    else:
+        print(json.dumps(found.to_dict(), ensure_ascii=False) if options.format == "json" else found.to_ansi())
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    target = _where_to_save(options)
+    model = load(options.model, pruning=None, threads=options.threads, precision=options.precision)
+    with _rows(options) as rows:
+        read = list(rows)
+    texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in read]
+    labels = options.labels and [records.value_of(place, row, options.labels) for place, row in read]
+    found = calibrate(
+        model,
+        texts,
+        flops_ratio=options.flops_ratio,
+        agreement=options.agreement,
+        max_drop=options.max_drop,
+        labels=labels,
+        seed=options.seed,
+        max_texts=options.max_texts,
+        progress=sys.stderr.isatty() if options.progress is None else options.progress,
+    )
+    path = found.save(target)
+    if options.plot:
+        found.plot(options.plot)
+    print(_calibration_table(found))
+    print(f"minilpt: wrote {path}", file=sys.stderr)
+    return 130 if found.interrupted else 0
+
+
+def _where_to_save(options: argparse.Namespace) -> Path:
+    """Known to be free before the search begins."""
+    if options.out:
+        return Path(options.out)
+    folder = Path(options.model)
+    if not folder.is_dir() or (folder / FILE_NAME).exists():
+        options.usage_error(f"--out FILE is needed: {options.model} is a bundled model or has an {FILE_NAME} already")
+    return folder
+
+
+def _calibration_table(found: Calibration) -> str:
+    """The frontier, with a mark at the point that was chosen, and what it was measured on."""
+
+    def row(point: Point) -> list[str]:
+        agreement = ["-" if share is None else f"{share:.3f}" for share in (point.agreement, point.agreement_lower)]
+        metric = [] if point.metric is None else [f"{point.metric:.2f}"]
+        ratios = f"{point.flops_ratio:.3f}", f"{point.executed_ratio:.3f}"
+        return ["*" if point is found.chosen else "", *ratios, f"{point.kl:.4f}", *agreement, *metric]
+
+    head = ["", "counted", "executed", "KL (nats)", "agreement", "at least"]
+    head += [] if found.chosen.metric is None else ["metric"]
+    texts = found.provenance["texts"]
+    note = (
+        f"FLOPs are shares of the dense model's; * is chosen. Measured on {texts['held_out']} texts that the search "
+        f"(on {texts['search']} others) did not see; 'at least' holds with 95 % confidence"
+    )
+    return "\n".join([*_aligned([head, *map(row, found.frontier)]), note])
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -227,29 +349,20 @@ def _warmup(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     task = TASKS[options.task]
-    examples = read_examples(Path(options.data), task)
+    path = dev_file(Path(options.data), task)
+    examples = read_examples(path, task)
     model = _load(options)
     result = evaluate(model, examples, task, repeats=options.repeats)
     record = {
         "task": options.task,
-        "data": Path(options.data).name,
+        "data": path.name,
         "model": options.model or DEFAULT,
         "machine": machine() | {"backend": asdict(model.backend)},
         **result,
     }
     if options.out:
-        _write_whole(Path(options.out), json.dumps(record, indent=2) + "\n")
+        write_whole(Path(options.out), json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2) if options.format == "json" else _eval_table(record))
-
-
-def _write_whole(path: Path, content: str) -> None:
-    """Write to a temporary neighbour, then rename: the file is there whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _eval_table(record: dict[str, Any]) -> str:
@@ -270,8 +383,7 @@ def _eval_table(record: dict[str, Any]) -> str:
                 kept,
             ]
         )
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = _aligned(table)
     if "speedup" in record:
         ratio = record["speedup"]
         lines.append(
@@ -279,3 +391,9 @@ def _eval_table(record: dict[str, Any]) -> str:
         )
     lines.append(f"{record['texts']} texts; FLOPs are means per text, 'of dense' is the counted ratio")
     return "\n".join(lines)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cells."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

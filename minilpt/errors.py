@@ -27,6 +27,10 @@ class PruningError(MinilptError, ValueError):
     """ltp.json or the `pruning=` argument is not valid for this model."""
 
 
+class CalibrationError(MinilptError, ValueError):
+    """A calibration that cannot do what was asked: too few texts, or a target out of reach."""
+
+
 class InputError(MinilptError, ValueError):
     """A text, a pair or a token id sequence that the model cannot take."""
 

@@ -1,4 +1,4 @@
-"""Task metrics, counted FLOPs and wall time of a model, dense beside pruned, on a GLUE-style file."""
+"""Task metrics, counted FLOPs and wall time of a model, dense beside pruned."""
 
 from __future__ import annotations
 
@@ -8,95 +8,20 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import records
 from .api import Classifier, Prediction
 from .errors import DependencyError, InputError
+from .tasks import Example, Task, Values, gold
 from .text import TextOrPair
 from .threads import usable_cores
 
-Values = NDArray[np.floating]
 TRACED_TEXTS = 64  # in one forward pass
-
-
-@dataclass(frozen=True)
-class Task:
-    """Columns and metrics of one task, of GLUE or IMDB. labels: class names as numbered there, empty for regression."""
-
-    text: str
-    pair: str | None
-    label: str
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A text or pair with its label as the file writes it."""
-
-    text: TextOrPair
-    label: Any
-    place: str
-
-
-_ENTAILMENT = ("entailment", "not_entailment")
-TASKS: Mapping[str, Task] = {
-    "cola": Task("sentence", None, "label", ("unacceptable", "acceptable"), ("matthews",)),
-    "imdb": Task("text", None, "label", ("negative", "positive"), ("accuracy",)),
-    "mnli": Task("premise", "hypothesis", "label", ("entailment", "neutral", "contradiction"), ("accuracy",)),
-    "mrpc": Task("#1 String", "#2 String", "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qnli": Task("question", "sentence", "label", _ENTAILMENT, ("accuracy",)),
-    "qqp": Task("question1", "question2", "label", ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "rte": Task("sentence1", "sentence2", "label", _ENTAILMENT, ("accuracy",)),
-    "sst-2": Task("sentence", None, "label", ("negative", "positive"), ("accuracy",)),
-    "sts-b": Task("sentence1", "sentence2", "score", (), ("pearson", "spearman")),
-}
-
-
-def read_examples(path: Path, task: Task) -> list[Example]:
-    """All rows of a TSV, CSV or JSONL file with the task's columns. Raises InputError naming the line at fault."""
-    with records.opened(path) as file:
-        return [
-            Example(records.text_of(place, row, task.text, task.pair), records.value_of(place, row, task.label), place)
-            for place, row in records.rows(file, records.format_of(path.name), str(path))
-        ]
-
-
-def gold(examples: Sequence[Example], task: Task, classes: Sequence[str]) -> Values:
-    """Class indices in the model's own order, or scores for regression, (examples,) float64.
-
-    A label is a class name or GLUE's number of one. Where the model's names are GLUE's (in any case and order) names
-    decide; otherwise the model is taken to number its classes as GLUE does. Raises InputError for any other label.
-    """
-    if not task.labels:
-        return np.array([_number(example) for example in examples])
-    if len(classes) != len(task.labels):
-        raise InputError(f"the task has the classes {', '.join(task.labels)}; the model has {', '.join(classes)}")
-    own = [name.lower() for name in classes]
-    same_names = sorted(own) == sorted(task.labels)
-    places = [own.index(name) if same_names else index for index, name in enumerate(task.labels)]
-    numbered = {str(index): place for index, place in enumerate(places)}
-    named = dict(zip(task.labels, places, strict=True))
-    known = numbered | named
-    for example in examples:
-        if str(example.label).lower() not in known:
-            raise InputError(f"{example.place}: label {example.label!r} is not one of {', '.join(known)}")
-    return np.array([known[str(example.label).lower()] for example in examples], np.float64)
-
-
-def _number(example: Example) -> float:
-    try:
-        return float(example.label)
-    except (TypeError, ValueError):
-        raise InputError(f"{example.place}: label {example.label!r} is not a number") from None
 
 
 def accuracy(predicted: Values, wanted: Values) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -159,13 +159,32 @@ def _pinned(keep: Keep) -> Keep:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A keep rule with its story. settings: the rule's own keys, as ltp.json holds them."""
+    """A keep rule with its story. settings: the rule's own keys, as ltp.json holds them.
+
+    frontier: other thresholds for the same model, by falling share of the dense FLOPs.
+    """
 
     rule: KeepRule
     name: str
     settings: Mapping[str, Any]
     method: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    frontier: tuple[tuple[float, Threshold], ...] = ()
+
+    def at(self, flops_ratio: float) -> Pruning:
+        """The point of the frontier that spends the most within this share of the dense counted FLOPs.
+
+        Raises PruningError if there is no frontier, or none of its points is that cheap.
+        """
+        if not self.frontier:
+            raise PruningError(
+                "flops_ratio needs an ltp.json with a frontier, and this model's has none: run minilpt calibrate"
+            )
+        for ratio, rule in self.frontier:
+            if ratio <= flops_ratio:
+                settings = {**self.settings, "thresholds": list(rule.thresholds)}
+                return replace(self, rule=rule, settings=settings)
+        raise PruningError(f"flops_ratio {flops_ratio!r} is below {self.frontier[-1][0]:.3f}, the frontier's lowest")
 
     def to_json(self) -> dict[str, Any]:
         """The content of an ltp.json that `parse` reads back to the same thing."""
@@ -183,7 +202,7 @@ RULE_KEYS: Mapping[str, frozenset[str]] = {
     "topk": frozenset({"token_keep_rate"}),
 }
 OPTIONAL_KEYS: Mapping[str, frozenset[str]] = {
-    "threshold": frozenset({"denominator_limit"}),
+    "threshold": frozenset({"denominator_limit", "frontier"}),
     "ramp": frozenset({"denominator_limit"}),
 }
 _COMMON_KEYS = frozenset({"schema_version", "rule", "method", "provenance"})
@@ -204,8 +223,10 @@ def parse(record: Mapping[str, Any], layers: int, where: str) -> Pruning:
     optional = OPTIONAL_KEYS.get(name, frozenset())
     check.keys(RULE_KEYS[name], optional, name)
     rule: KeepRule
+    frontier: tuple[tuple[float, Threshold], ...] = ()
     if name == "threshold":
         rule = Threshold(check.thresholds(layers), check.denominator(), check.limit())
+        frontier = tuple((ratio, replace(rule, thresholds=point)) for ratio, point in check.frontier(layers))
     elif name == "ramp":
         rule = Ramp.to(check.number("final_threshold"), layers, check.denominator(), check.limit())
     elif name == "relative":
@@ -213,7 +234,7 @@ def parse(record: Mapping[str, Any], layers: int, where: str) -> Pruning:
     else:
         rule = TopK(check.number("token_keep_rate", 0, 1), layers)
     settings = {key: record[key] for key in sorted(RULE_KEYS[name] | optional) if key in record}
-    return Pruning(rule, name, settings, record.get("method"), record.get("provenance", {}))
+    return Pruning(rule, name, settings, record.get("method"), record.get("provenance", {}), frontier)
 
 
 class _Checker:
@@ -246,10 +267,27 @@ class _Checker:
         return float(value)
 
     def thresholds(self, layers: int) -> tuple[float, ...]:
-        values = self.record["thresholds"]
+        return self._thresholds("thresholds", self.record["thresholds"], layers)
+
+    def _thresholds(self, key: str, values: object, layers: int) -> tuple[float, ...]:
         if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != layers:
-            raise self.error(f"thresholds must be a list of {layers} numbers, one per layer, found {values!r}")
-        return tuple(self._number(f"thresholds[{layer}]", value) for layer, value in enumerate(values))
+            raise self.error(f"{key} must be a list of {layers} numbers, one per layer, found {values!r:.200}")
+        return tuple(self._number(f"{key}[{layer}]", value) for layer, value in enumerate(values))
+
+    def frontier(self, layers: int) -> list[tuple[float, tuple[float, ...]]]:
+        points = self.record.get("frontier", [])
+        if isinstance(points, str) or not isinstance(points, Sequence):
+            raise self.error(f"frontier must be a list of objects, found {points!r:.200}")
+        found: list[tuple[float, tuple[float, ...]]] = []
+        for number, point in enumerate(points):
+            at = f"frontier[{number}]"
+            if not isinstance(point, Mapping) or not {"flops_ratio", "thresholds"} <= set(point):
+                raise self.error(f"{at} must be an object with flops_ratio and thresholds, found {point!r:.200}")
+            ratio = self._number(f"{at}.flops_ratio", point["flops_ratio"], 0, 1)
+            if found and ratio >= found[-1][0]:
+                raise self.error(f"{at}.flops_ratio must be below that of the point before, found {ratio}")
+            found.append((ratio, self._thresholds(f"{at}.thresholds", point["thresholds"], layers)))
+        return found
 
     def denominator(self) -> ScoreDenominator:
         value = self.record["score_denominator"]
@@ -279,11 +317,12 @@ def read_pruning(path: Path, layers: int) -> Pruning:
 def overridden(stored: Pruning | None, changes: Mapping[str, Any], layers: int) -> Pruning:
     """The stored pruning with some keys changed, or a new one where another rule is named or none is stored.
 
-    What the file said of its origin no longer holds for changed settings, so method and provenance are dropped.
+    What the file said of its origin no longer holds, so method, provenance and frontier are dropped.
     """
     where = "pruning="
     if stored is not None and changes.get("rule", stored.name) == stored.name:
-        return parse({"rule": stored.name, **stored.settings, **changes}, layers, where)
+        kept = {key: value for key, value in stored.settings.items() if key != "frontier"}
+        return parse({"rule": stored.name, **kept, **changes}, layers, where)
     if "rule" not in changes:
         raise PruningError(
             f'{where}: the model holds no pruning to change, so "rule" is needed: {", ".join(RULE_KEYS)}'

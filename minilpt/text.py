@@ -37,6 +37,19 @@ class Encoded:
     n_truncated: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A token and the characters that it covers: start to end of the text (part 0) or of a pair's second (part 1).
+
+    part: None for special tokens, which cover none.
+    """
+
+    token: str
+    part: int | None
+    start: int
+    end: int
+
+
 class TextEncoder:
     """A tokenizer and the model's limits. Safe to share between threads."""
 
@@ -79,6 +92,14 @@ class TextEncoder:
         except (UnicodeEncodeError, TypeError):
             raise self._blamed(texts) from None
         return [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def pieces(self, text: TextOrPair) -> list[Piece]:
+        """The tokens behind the ids that `encode` gives for this text or pair. Raises as it does."""
+        self.encode([text])
+        encoding = self._encode_one(text)
+        keep = self._kept(encoding) if len(encoding.ids) > self.max_tokens else np.ones(len(encoding.ids), np.bool_)
+        rows = zip(encoding.tokens, encoding.sequence_ids, encoding.offsets, strict=True)
+        return [Piece(token, part, *place) for (token, part, place), kept in zip(rows, keep, strict=True) if kept]
 
     def _encode_one(self, text: TextOrPair) -> tokenizers.Encoding:
         return self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)

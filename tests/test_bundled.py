@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import minilpt
-from minilpt import cli, evaluate
+from minilpt import cli, evaluate, tasks
 from minilpt.weights.recipes import model_card
 from minilpt.weights.resolve import DEFAULT, MODELS, bundled_names
 
@@ -78,8 +78,8 @@ def test_the_readme_s_table_holds_the_results() -> None:
 
 def test_the_stored_file_has_the_accuracy_and_the_flops_of_its_card(shared: Path) -> None:
     """And at most 1.0 point is lost to pruning, at no less than 1.7 x fewer counted FLOPs."""
-    task = evaluate.TASKS["sst-2"]
-    examples = evaluate.read_examples(shared / "data" / "glue" / "SST-2" / "dev.tsv", task)
+    task = tasks.TASKS["sst-2"]
+    examples = tasks.read_examples(shared / "data" / "glue" / "SST-2" / "dev.tsv", task)
     found = evaluate.evaluate(minilpt.load(), examples, task, repeats=1)
     for name, expected in RESULTS["variants"].items():
         measured = found["variants"][name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import minilpt
-from minilpt import cli
+from minilpt import calibration, cli
 from minilpt.weights import resolve
 
 import checkpoints
@@ -221,6 +223,72 @@ def bundle(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(resolve, "MODELS", tmp_path / "models")
 
 
+@pytest.fixture
+def plain(folder: Path, tmp_path: Path) -> Path:
+    """The model without an ltp.json, and a file of texts with labels beside it."""
+    made = shutil.copytree(folder, tmp_path / "plain")
+    (made / "ltp.json").unlink()
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(["good", "bad", "film", "not", "the"], k=draw.randint(3, 20))) for _ in range(140)]
+    rows = [{"text": text, "gold": row % 2} for row, text in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def test_calibrate_writes_the_folder_s_ltp_json_and_prints_the_frontier(run: Run, plain: Path) -> None:
+    texts = plain.parent / "texts.jsonl"
+    code, out, err = run("calibrate", plain, texts, "--flops-ratio", 0.6, "--plot", plain.parent / "frontier.png")
+    assert (code, err) == (0, f"minilpt: wrote {plain / 'ltp.json'}\n")
+    record = json.loads((plain / "ltp.json").read_text())
+    head, *rows, note = out.splitlines()
+    assert head.split() == ["counted", "executed", "KL", "(nats)", "agreement", "at", "least"]
+    assert len(rows) == len(record["frontier"])
+    (chosen,) = (row.split() for row in rows if row.startswith("*"))
+    assert float(chosen[1]) <= 0.6
+    assert "70 texts that the search (on 70 others) did not see" in note
+    assert (plain.parent / "frontier.png").is_file()
+    model = minilpt.load(plain)
+    assert model.pruning is not None
+    assert list(model.pruning.settings["thresholds"]) == record["thresholds"]
+    lines = run("predict", "--model", plain, "--flops-ratio", 1, "good film")[1].splitlines()
+    assert json.loads(lines[0])["kept_tokens"] == [4, 4, 1]
+    code, _, err = run("calibrate", plain, texts, "--flops-ratio", 0.6)
+    assert code == 2
+    assert f"--out FILE is needed: {plain} is a bundled model or has an ltp.json already" in err
+    labelled = ["--max-drop", 50, "--labels", "gold", "--out", plain.parent / "labelled.json"]
+    code, out, _ = run("calibrate", plain, texts, *labelled)
+    assert code == 0
+    assert out.split("\n", 1)[0].endswith("metric")
+
+
+def test_an_interrupted_calibration_is_written_and_exit_code_130(
+    run: Run, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, left = calibration._Half.measure, iter(range(40))
+
+    def stopping(self: Any, thresholds: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return measure(self, thresholds)
+
+    monkeypatch.setattr(calibration._Half, "measure", stopping)
+    with pytest.warns(minilpt.MinilptWarning, match="interrupted"):
+        code, _, _ = run("calibrate", plain, plain.parent / "texts.jsonl", "--flops-ratio", 0.5)
+    assert code == 130
+    assert json.loads((plain / "ltp.json").read_text())["frontier"][-1]["flops_ratio"] > 0.5
+
+
+def test_explain_writes_text_json_or_a_page(run: Run, folder: Path, tmp_path: Path) -> None:
+    want = minilpt.load(folder).explain(("good film", "bad"))
+    code, out, _ = run("explain", "good film", "bad", "--model", folder)
+    assert (code, out) == (0, want.to_ansi() + "\n")
+    code, out, _ = run("explain", "good film", "bad", "--model", folder, "--format", "json")
+    assert json.loads(out)["label"] == want.label
+    code, out, err = run("explain", "good film", "bad", "--model", folder, "--html", tmp_path / "page.html")
+    assert (code, out, err) == (0, "", f"minilpt: wrote {tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == want.to_html()
+
+
 @pytest.mark.usefixtures("bundle")
 def test_models_lists_the_bundled_names_and_the_first_is_the_default(run: Run) -> None:
     assert run("models") == (0, f"{resolve.DEFAULT}\n", "")
@@ -350,7 +418,7 @@ def test_wrong_usage_is_exit_code_2(run: Run, arguments: list[str]) -> None:
 
 def test_help_and_version_are_data(run: Run) -> None:
     assert run("--version") == (0, f"minilpt {minilpt.__version__}\n", "")
-    for command in ("predict", "models", "info", "eval"):
+    for command in ("predict", "explain", "calibrate", "eval", "models", "info", "warmup"):
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "")
         assert out.startswith(f"usage: minilpt {command}")

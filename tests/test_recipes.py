@@ -46,9 +46,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def files(data: Path) -> list[str]:
+    return ["--task", "sst-2", "--train", str(data / "train.tsv"), "--dev", str(data / "dev.tsv")]
+
+
 def train(base: Path, data: Path, run: Path, *more: str) -> None:
     sizes = ["--batch", "16", "--epochs", "2", "2", "1", "--save-every", "2", "--threads", "1", "--flops", "0.1"]
-    train_ltp.main(["--base", str(base), "--data", str(data), "--run", str(run), *sizes, *more])
+    train_ltp.main(["--base", str(base), *files(data), "--run", str(run), *sizes, *more])
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +101,7 @@ def test_a_run_can_continue_from_a_finished_model(base: Path, data: Path, tmp_pa
     """Its int8 rows and its classifier are read; a stage of 0 epochs leaves them as they are."""
     train(base, data, tmp_path / "first")
     export.export(base, tmp_path / "first", tmp_path / "model", ["negative", "positive"])
-    options = ["--base", str(tmp_path / "model"), "--data", str(data), "--run", str(tmp_path / "second")]
+    options = ["--base", str(tmp_path / "model"), *files(data), "--run", str(tmp_path / "second")]
     train_ltp.main([*options, "--epochs", "0", "1", "1", "--batch", "16", "--save-every", "2", "--threads", "1"])
     stored = train_ltp._as_stored(torch.load(tmp_path / "first" / "hard.pt", weights_only=True)["params"])
     start = torch.load(tmp_path / "second" / "dense.pt", weights_only=True)["params"]
@@ -107,7 +111,7 @@ def test_a_run_can_continue_from_a_finished_model(base: Path, data: Path, tmp_pa
 
 
 def test_the_later_stages_learn_from_the_mean_of_label_and_teachers(base: Path, data: Path, tmp_path: Path) -> None:
-    sizes = ["--base", str(base), "--data", str(data), "--batch", "16", "--threads", "1", "--save-every", "9"]
+    sizes = ["--base", str(base), *files(data), "--batch", "16", "--threads", "1", "--save-every", "9"]
     for run, seed in (("one", "1"), ("two", "2")):
         train_ltp.main([*sizes, "--run", str(tmp_path / run), "--epochs", "1", "0", "0", "--seed", seed])
     taught = ["--run", str(tmp_path / "taught"), "--teachers", str(tmp_path / "one"), str(tmp_path / "two")]
@@ -137,6 +141,36 @@ def test_the_later_stages_learn_from_the_mean_of_label_and_teachers(base: Path, 
     assert torch.equal(dense, labels.float())
     assert torch.equal(soft, hard)
     assert torch.allclose(soft, (labels + torch.softmax(sum(answers) / 2, -1)) / 2, atol=1e-5)
+
+
+def test_pairs_and_scores_are_learned_too(base: Path, tmp_path: Path) -> None:
+    """Regression on pairs, chosen on held-out examples; the plain model comes without thresholds."""
+    draw = random.Random(4)
+    for name, count in (("train", 120), ("dev", 30)):
+        words = [draw.choices(["a", "film", "good", "bad"], k=draw.randint(1, 6)) for _ in range(count)]
+        rows = [{"sentence1": " ".join(some), "sentence2": "the film", "score": draw.random()} for some in words]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = ["--task", "sts-b", "--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
+    sizes = ["--batch", "16", "--epochs", "1", "1", "1", "--save-every", "4", "--threads", "1", "--flops", "0.7"]
+    run = tmp_path / "run"
+    train_ltp.main(["--base", str(base), "--run", str(run), *sources, *sizes])
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    chosen_by = [line["held_out"] for line in log if line.get("stage") == "hard" and "held_out" in line]
+    assert chosen_by
+    assert all("pearson" in measured["dense"] for measured in chosen_by)
+    for stage in ("dense", "hard"):
+        export.export(base, run, tmp_path / stage, [], stage)
+    plain, learned = minilpt.load(tmp_path / "dense"), minilpt.load(tmp_path / "hard")
+    assert plain.pruning is None
+    assert learned.pruning is not None
+    assert plain.config.problem_type == "regression"
+    params = train_ltp._as_stored(torch.load(run / "dense.pt", weights_only=True)["params"])
+    ids, segments = plain.encode([("a good film", "the film")])
+    shape = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0, denominator_limit=20)
+    row, kinds = torch.tensor(ids), torch.tensor(segments)
+    assert 0 < kinds.sum() < kinds.numel()
+    want = ltp_bert.forward(params, shape, row, torch.ones_like(row, dtype=torch.bool), kinds)[0]
+    np.testing.assert_allclose(plain.forward(ids, segments).logits, want.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])

@@ -20,7 +20,10 @@ METHOD = "soft masks with a temperature and a penalty, then hard thresholds with
 
 
 def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "hard") -> None:
-    """Write the folder from RUN_DIR's last stage; existing files of the same names are replaced."""
+    """Write the folder from a stage of RUN_DIR; existing files of the same names are replaced.
+
+    Without labels the model is for regression. The dense stage has no thresholds, so its folder has no ltp.json.
+    """
     out.mkdir(parents=True, exist_ok=True)
     state = torch.load(run / f"{stage}.pt", weights_only=True)
     config = json.loads((base / "config.json").read_text())
@@ -32,28 +35,28 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
             "architectures": ["BertForSequenceClassification"],
             "model_type": config["model_type"],
             **{key: config[key] for key in (*kept, *more)},
-            "id2label": {str(index): label for index, label in enumerate(labels)},
-            "label2id": {label: index for index, label in enumerate(labels)},
+            **_outputs(labels),
         },
     )
     save_weights(out, {name: tensor.numpy() for name, tensor in state["params"].items()}, int8_rows=True)
     log = [_without_paths(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
     start = next(record for record in reversed(log) if record.get("event") == "start")
-    record = {
-        "schema_version": 1,
-        "rule": "threshold",
-        "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
-        "score_denominator": "initial",
-        "denominator_limit": state["denominator_limit"],
-        "method": METHOD,
-        "provenance": {
-            "recipe": "minilpt.weights.recipes.train_ltp",
-            "date": log[-1]["time"][:10],
-            "options": start["options"],
-        },
-    }
-    parse(record, config["num_hidden_layers"], "the thresholds that were learned")
-    _write_json(out / FILE_NAME, record)
+    if stage != "dense":
+        record = {
+            "schema_version": 1,
+            "rule": "threshold",
+            "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
+            "score_denominator": "initial",
+            "denominator_limit": state["denominator_limit"],
+            "method": METHOD,
+            "provenance": {
+                "recipe": "minilpt.weights.recipes.train_ltp",
+                "date": log[-1]["time"][:10],
+                "options": start["options"],
+            },
+        }
+        parse(record, config["num_hidden_layers"], "the thresholds that were learned")
+        _write_json(out / FILE_NAME, record)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -63,11 +66,21 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
     (out / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
 
 
+def _outputs(labels: list[str]) -> dict[str, Any]:
+    """What config.json says of the head."""
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
 def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A line of the log without the names of one machine's folders: of the teachers, their number."""
     if "options" not in record:
         return record
-    paths = ("base", "data", "run")
+    paths = ("base", "data", "dev", "run", "train")
     options = {key: value for key, value in record["options"].items() if key not in paths}
     return record | {"options": options | {"teachers": len(options.get("teachers", []))}}
 
@@ -82,7 +95,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--labels", nargs="+", required=True)
+    parser.add_argument("--labels", nargs="*", default=[], help="in their order; none for regression")
     parser.add_argument("--stage", default="hard", choices=("dense", "soft", "hard"))
     options = parser.parse_args()
     export(options.base, options.run, options.out, options.labels, options.stage)

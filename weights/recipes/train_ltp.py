@@ -1,6 +1,6 @@
-"""Fine-tune a BERT encoder on a GLUE-style classification file, then learn LTP thresholds.
+"""Fine-tune a BERT encoder on one of the tasks of `minilpt eval`, then learn LTP thresholds.
 
-    python -m minilpt.weights.recipes.train_ltp --base MODEL_DIR --data SST-2_DIR --run RUN_DIR
+    python -m minilpt.weights.recipes.train_ltp --base MODEL_DIR --task sst-2 --train FILE --dev FILE --run RUN_DIR
 
 Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR and logged to RUN_DIR/log.jsonl:
 `dense` fine-tunes; `soft` learns thresholds and weights under soft masks and the penalty
@@ -8,13 +8,13 @@ Three stages, as in arXiv 2107.00910 section 3.3, each resumable from RUN_DIR an
 on held-out training sentences; `hard` tunes the weights under really removed tokens, every other batch without pruning,
 and scales the thresholds again with every checkpoint. `soft` and `hard` also learn from the mean output of dense models
 (--teachers: runs whose dense stage is done; the run's own where none are named). The word table stays as pretrained.
-Each stage ends with an exponential average of its weights; `hard` takes the one with the best dev accuracies.
+Each stage ends with an exponential average of its weights; `hard` takes the one with the best metrics, on the held-out
+examples or, with --select dev, on the dev file.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -30,13 +30,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...evaluate import METRICS
 from ...quantize import dequantize_rows, quantize_rows
+from ...tasks import TASKS, Task, gold, read_examples
 from ..checkpoint import SCALE_SUFFIX
 from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
-MAX_TOKENS = 128  # SST-2's longest sentence has 66
 FROZEN = "bert.embeddings.word_embeddings.weight"  # most dev words are rare in 67,000 phrases
-SCALED_BY = 250  # held-out sentences that the thresholds are scaled by
+STAGES = ("dense", "soft", "hard")
+HELD_OUT = 1000  # training examples, or a tenth of a small file's
+SCALED_BY = 250  # held-out examples that the thresholds are scaled by
 AVERAGE_DECAY = 0.999  # of the weights, over about one epoch of 1,000 steps
 
 
@@ -53,9 +56,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, S) int64, mask (B, S) bool, labels (B,) int64, rows (B,) their places in the file."""
+    """ids, segments (B, S) int64, mask (B, S) bool, labels (B,) float32, rows (B,) int64: places among the examples."""
 
     ids: Tensor
+    segments: Tensor
     mask: Tensor
     labels: Tensor
     rows: Tensor
@@ -63,20 +67,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised texts with their labels, and the batches drawn from them."""
+    """Tokenised texts or pairs with their labels (class numbers or scores), and the batches drawn from them."""
 
-    texts: list[str]
+    texts: list[str | tuple[str, str]]
     labels: Tensor
     ids: list[list[int]]
+    segments: list[list[int]]
 
     @classmethod
-    def sentences(cls, path: Path, tokenizer: Tokenizer) -> Examples:
-        """A TSV file with the columns sentence and label, as GLUE writes it."""
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        texts = [row["sentence"].strip() for row in rows]
-        ids = [encoding.ids[:MAX_TOKENS] for encoding in tokenizer.encode_batch(texts)]
-        return cls(texts, torch.tensor([int(row["label"]) for row in rows]), ids)
+    def read(cls, paths: list[Path], task: Task, tokenizer: Tokenizer) -> Examples:
+        """All rows of the files, with the columns of the task."""
+        rows = [row for path in paths for row in read_examples(path, task)]
+        texts = [text.strip() if isinstance(text := row.text, str) else text for row in rows]
+        encodings = tokenizer.encode_batch(texts)
+        labels = torch.from_numpy(gold(rows, task, task.labels)).float()
+        return cls(texts, labels, [each.ids for each in encodings], [each.type_ids for each in encodings])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,11 +89,12 @@ class Examples:
     def batch(self, rows: list[int]) -> Batch:
         """Pad the rows to their longest."""
         ids = torch.zeros(len(rows), max(len(self.ids[row]) for row in rows), dtype=torch.long)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask, segments = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
         for at, row in enumerate(rows):
             ids[at, : len(self.ids[row])] = torch.tensor(self.ids[row])
+            segments[at, : len(self.ids[row])] = torch.tensor(self.segments[row])
             mask[at, : len(self.ids[row])] = True
-        return Batch(ids, mask, self.labels[rows], torch.tensor(rows))
+        return Batch(ids, segments, mask, self.labels[rows], torch.tensor(rows))
 
     def by_length(self, rows: list[int], size: int) -> Iterator[Batch]:
         """Every row once, sorted by length: for evaluation."""
@@ -110,7 +116,8 @@ class Trainer:
     """Parameters, thresholds and the run folder; `run(stage)` continues from wherever the last call stopped."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
+        self.options, self.task = options, TASKS[options.task]
+        self.outputs = max(1, len(self.task.labels))
         self.folder = Path(options.run)
         self.folder.mkdir(parents=True, exist_ok=True)
         base = Path(options.base)
@@ -125,13 +132,15 @@ class Trainer:
         self.widths = config["hidden_size"], config["intermediate_size"]
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self.train = Examples.sentences(Path(options.data) / "train.tsv", tokenizer)
-        self.dev = Examples.sentences(Path(options.data) / "dev.tsv", tokenizer)
-        # Whole sentences (they end in a full stop) resemble the dev set; the rest of SST-2's train set are phrases.
-        whole = [row for row, text in enumerate(self.train.texts) if text.endswith(".")]
+        tokenizer.enable_truncation(options.max_tokens)
+        self.train = Examples.read([*map(Path, options.train)], self.task, tokenizer)
+        self.dev = Examples.read([Path(options.dev)], self.task, tokenizer)
+        # Whole sentences (they end in a full stop) resemble SST-2's dev set; the rest of its train set are phrases.
+        phrases = options.task == "sst-2"
+        whole = [row for row, text in enumerate(self.train.texts) if not phrases or text[-1:] == "."]
         draw = torch.Generator().manual_seed(options.seed)
-        self.held_out = [whole[at] for at in torch.randperm(len(whole), generator=draw)[:1000].tolist()]
+        count = min(HELD_OUT, len(self.train) // 10)
+        self.held_out = [whole[at] for at in torch.randperm(len(whole), generator=draw)[:count].tolist()]
         held = {self.train.texts[row] for row in self.held_out}
         self.rows = [row for row, text in enumerate(self.train.texts) if text not in held]
         self.params = self._base_parameters(base)
@@ -143,7 +152,7 @@ class Trainer:
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
         """The base's tensors under `bert.`, with its pooler and classifier, or fresh ones where it has none."""
         stored = load_file(base / "model.safetensors")
-        params = initial_head(self.widths[0], labels=2, seed=self.options.seed)
+        params = initial_head(self.widths[0], labels=self.outputs, seed=self.options.seed)
         for name, tensor in stored.items():
             if name.endswith(("position_ids", SCALE_SUFFIX)):
                 continue
@@ -152,7 +161,7 @@ class Trainer:
             inside = name.removeprefix("bert.")
             if inside.startswith(("embeddings.", "encoder.", "pooler.")):
                 params[f"bert.{inside}"] = tensor.float()
-            elif inside.startswith("classifier."):  # other heads, a language model's for one, are left out
+            elif inside in params and params[inside].shape == tensor.shape:  # a classifier of this task's kind
                 params[inside] = tensor.float()
         return params
 
@@ -190,7 +199,7 @@ class Trainer:
         targets = self._targets(stage) if batches else torch.empty(0)
         state = self.restore(f"{stage.name}-partial")
         start = state["step"] if state else 0
-        best = state["best"] if state else {"sum": 0.0}
+        best = state["best"] if state else {"sum": -math.inf}
         self.average = state["average"] if state else {name: p.clone() for name, p in self._trained().items()}
         optimizer = self._optimizer(stage)
         if state:
@@ -238,18 +247,21 @@ class Trainer:
         self.save(stage.name)
 
     def _better(self, best: dict[str, Any], step: int) -> dict[str, Any]:
-        """The averaged weights of this step if the sum of their two dev accuracies is the highest yet, else `best`.
+        """The averaged weights of this step if their metrics, dense plus pruned, are the highest yet, else `best`.
 
         Measured as they will be stored, as int8 rows. As the weights move, so do the scores: the thresholds are scaled
         to the FLOPs target again first.
         """
-        everywhere, trained = list(range(len(self.dev))), self.params
+        trained = self.params
         self.params = _as_stored(trained | self.average)
         self._meet_target()
-        dev = {name: self.evaluate(self.dev, everywhere, name == "pruned") for name in ("dense", "pruned")}
+        examples, rows = self.train, self.held_out
+        if self.options.select == "dev":
+            examples, rows = self.dev, list(range(len(self.dev)))
+        found = {name: self.evaluate(examples, rows, name == "pruned") for name in ("dense", "pruned")}
         self.params = trained
-        self.log(stage="hard", step=step, dev=dev)
-        total = dev["dense"]["accuracy"] + dev["pruned"]["accuracy"]
+        self.log(stage="hard", step=step, **{self.options.select.replace("-", "_"): found})
+        total = sum(measured[self.task.metrics[0]] for measured in found.values())
         if total <= best["sum"]:
             return best
         average = {name: tensor.clone() for name, tensor in self.average.items()}
@@ -305,52 +317,61 @@ class Trainer:
                 self.shape,
                 batch.ids,
                 batch.mask,
+                batch.segments,
                 thresholds=None if pruning == "none" else self.thresholds,
                 temperature=self.options.temperature if pruning == "soft" else None,
                 train=True,
             )
-        loss = F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, targets) if self.task.labels else F.mse_loss(logits, targets)
         if pruning == "soft":
             loss = loss + self.options.lambda_ * alive[:, batch.mask].mean(1).sum()
         return loss
 
     def _targets(self, stage: Stage) -> Tensor:
-        """Probabilities to learn, (rows, labels): the label, and in the later stages its mean with the teachers'."""
-        labels = F.one_hot(self.train.labels, 2).float()
+        """Probabilities or scores to learn, (rows, labels): the label, and later on its mean with the teachers'."""
+        labels = self.train.labels[:, None]
+        if self.task.labels:
+            labels = F.one_hot(self.train.labels.long(), self.outputs).float()
         if stage.pruning == "none":
             return labels
-        return (labels + torch.softmax(self._teacher_logits(), -1)) / 2
+        taught = self._taught()
+        return (labels + (torch.softmax(taught, -1) if self.task.labels else taught)) / 2
 
     @torch.no_grad()
-    def _teacher_logits(self) -> Tensor:
-        """Mean log-probabilities of the teachers on the training file, (rows, labels); computed once per run."""
+    def _taught(self) -> Tensor:
+        """Mean log-probabilities (or scores) of the teachers on the training files, (rows, labels); once per run."""
         path, teachers = self.folder / "teacher.pt", [*map(Path, self.options.teachers)] or [self.folder]
         names = [teacher.name for teacher in teachers]
         if not path.exists():
-            logits = torch.zeros(len(self.train), 2)
+            outputs = torch.zeros(len(self.train), self.outputs)
             for run in teachers:
                 dense = torch.load(run / "dense.pt", weights_only=True)["params"]
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
                     for batch in self.train.by_length(list(range(len(self.train))), 256):
-                        found = forward(dense, self.shape, batch.ids, batch.mask)[0]
-                        logits[batch.rows] += torch.log_softmax(found, -1)
-            torch.save({"logits": logits / len(teachers), "teachers": names}, path)
+                        found = forward(dense, self.shape, batch.ids, batch.mask, batch.segments)[0]
+                        outputs[batch.rows] += torch.log_softmax(found, -1) if self.task.labels else found
+            torch.save({"outputs": outputs / len(teachers), "teachers": names}, path)
         stored = torch.load(path, weights_only=True)
         if stored["teachers"] != names:
             raise SystemExit(f"{path} holds what {stored['teachers']} said, not {names}; use another --run")
-        return stored["logits"]
+        return stored["outputs"]
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
-        """Accuracy and counted FLOPs of the hard rule (or of the dense model), in fp32."""
-        right = macs = dense_macs = 0.0
+        """The task's first metric and counted FLOPs of the hard rule (or of the dense model), in fp32."""
+        answers, labels, macs, dense_macs = [], [], 0.0, 0.0
+        thresholds = self.thresholds if pruned else None
         for batch in examples.by_length(rows, 128):
-            thresholds = self.thresholds if pruned else None
-            logits, alive = forward(self.params, self.shape, batch.ids, batch.mask, thresholds=thresholds)
-            right += (logits.argmax(1) == batch.labels).sum().item()
+            logits, alive = forward(
+                self.params, self.shape, batch.ids, batch.mask, batch.segments, thresholds=thresholds
+            )
+            answers.append(logits.argmax(1).float() if self.task.labels else logits[:, 0])
+            labels.append(batch.labels)
             counted, dense = encoder_macs(alive, batch.mask, *self.widths)
             macs, dense_macs = macs + counted, dense_macs + dense
-        return {"accuracy": 100 * right / len(rows), "relative_flops": macs / dense_macs}
+        metric = self.task.metrics[0]
+        value = METRICS[metric](torch.cat(answers).double().numpy(), torch.cat(labels).double().numpy())
+        return {metric: value, "relative_flops": macs / dense_macs}
 
 
 def _as_stored(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,7 +386,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: run or continue all three stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder with config.json, tokenizer.json, model.safetensors")
-    parser.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv (columns sentence, label)")
+    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="names the columns and the metric")
+    parser.add_argument("--train", required=True, nargs="+", metavar="FILE", help="TSV, CSV or JSONL")
+    parser.add_argument("--dev", required=True, metavar="FILE", help="measured after each stage")
+    parser.add_argument("--select", choices=("held-out", "dev"), default="held-out", help="what `hard` is chosen by")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
     parser.add_argument("--run", required=True, help="folder for checkpoints and the log; an old one is continued")
     parser.add_argument(
         "--teachers", nargs="*", default=[], metavar="RUN", help="folders of runs whose dense stage is done"
@@ -380,6 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
     parser.add_argument("--epochs", type=float, nargs=3, default=(2, 0.36, 1.4), metavar="N", help="dense, soft, hard")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to run now; all by default")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="highest of the dense stage")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
@@ -391,9 +417,14 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(options)
     trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
     dense, soft, hard = options.epochs
-    trainer.run(Stage("dense", dense, options.learning_rate, "none"))
-    trainer.run(Stage("soft", soft, 5e-6, "soft", threshold_learning_rate=1e-4))
-    trainer.run(Stage("hard", hard, 1e-5, "hard"))
+    stages = (
+        Stage("dense", dense, options.learning_rate, "none"),
+        Stage("soft", soft, 5e-6, "soft", threshold_learning_rate=1e-4),
+        Stage("hard", hard, 1e-5, "hard"),
+    )
+    for stage in stages:
+        if stage.name in options.stages:
+            trainer.run(stage)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""Every way of pruning tokens beside the others, on every task: metric, FLOPs and time, against dense without padding.
+
+    python -m benchmarks.pruning_study --work WORK              # after study_data and study_train; adds to the results
+    python -m benchmarks.pruning_study --report
+
+Operating points are chosen on unlabelled texts that no model was trained on, and then measured once on the dev set: for
+each share of the dense counted FLOPs, every method's own parameter is set to meet it there. `calibrated`,
+`ramp`, `topk` and `relative` prune the plain fine-tuned model; `learned` is the model whose weights were tuned with its
+thresholds, all of them scaled by one factor for other shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import minilpt
+from minilpt import pruning
+from minilpt.evaluate import METRICS, machine
+from minilpt.tasks import TASKS, Example, Task, gold, read_examples
+
+from . import files
+from .processes import ROOT
+from .study_data import SOURCES
+
+RESULTS = ROOT / "benchmarks" / "results" / "pruning_study.json"
+RATIOS = (0.8, 0.7, 0.6, 0.526, 0.5, 0.4, 0.33, 0.25)  # 0.526 is 1.9 x fewer
+MOST_DEV = 2000  # rows of a dev set that are measured: those with the lowest keys, so always the same
+TIMED_AT, TIMED_TEXTS, ROUNDS = 0.5, 400, 7
+RESAMPLES = 2000
+BATCH = 128  # sequences in one traced forward pass
+BISECTIONS, BISECTED_TEXTS = 9, 128
+
+Rule = Mapping[str, Any] | None
+
+
+class Measured:
+    """A model under a rule on a set of texts. answers: (B,) labels or scores."""
+
+    def __init__(self, model: minilpt.Classifier, rule: Rule, texts: Sequence[Any]):
+        pruned = model.with_pruning(rule)
+        ids, segments = model.encode(texts)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        logits = np.zeros((len(ids), len(model.config.labels)), np.float32)
+        counted = executed = dense = dense_executed = 0
+        for at in range(0, len(order), BATCH):
+            rows = order[at : at + BATCH]
+            found = pruned.forward([ids[row] for row in rows], [segments[row] for row in rows], trace=True)
+            assert found.attention_lengths is not None and found.ffn_lengths is not None
+            assert found.counted_flops is not None
+            logits[rows] = found.logits
+            counted += int(found.counted_flops.sum())
+            dense += int(found.dense_flops.sum())
+            last_row = found.ffn_lengths.copy()
+            last_row[-1] = 1
+            executed += int(
+                pruning.executed_flops(model.config, found.attention_lengths, last_row, first_row_only=True).sum()
+            )
+            whole = np.broadcast_to(found.attention_lengths[0], last_row.shape).copy()
+            whole_last = whole.copy()
+            whole_last[-1] = 1
+            dense_executed += int(pruning.executed_flops(model.config, whole, whole_last, first_row_only=True).sum())
+        regression = model.config.problem_type == "regression"
+        self.answers = logits[:, 0].astype(np.float64) if regression else logits.argmax(axis=1).astype(np.float64)
+        self.counted, self.executed = counted / dense, executed / dense_executed
+        self.gflops = counted / len(ids) / 1e9
+
+
+def met(share: float, low: float, high: float, rule: Callable[[float], Rule], counted: Callable[[Rule], float]) -> Rule:
+    """The rule whose parameter, between `low` (prunes little) and `high`, just meets the share; None if none does."""
+    if counted(rule(high)) > share:
+        return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if counted(rule(middle)) <= share else (middle, high)
+    return rule(high)
+
+
+def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """All methods on one task."""
+    source = SOURCES[name]
+    task = TASKS[source.task]
+    plain, learned = (minilpt.load(work / name / kind) for kind in ("plain", "learned"))
+    dev = _sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
+    unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
+    texts, wanted = [each.text for each in dev], gold(dev, task, plain.config.labels)
+    began = time.perf_counter()
+    found = minilpt.calibrate(plain, unlabelled, flops_ratio=min(RATIOS))
+    seconds = time.perf_counter() - began
+    say(f"{name}: calibrated in {seconds:.0f} s")
+    layers, limit = plain.config.layers, 64
+    stored = learned.pruning
+    assert stored is not None
+    z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": limit}
+
+    def calibrated(share: float) -> Rule:
+        points = [point for point in found.frontier if point.flops_ratio <= share]
+        return {"rule": "threshold", "thresholds": points[0].thresholds, "score_denominator": 1} if points else None
+
+    def scaled(factor: float) -> Rule:
+        return {"thresholds": [factor * value for value in stored.settings["thresholds"]]}
+
+    def ramp(final: float) -> Rule:
+        return {"rule": "ramp", "final_threshold": final, **z}
+
+    def topk(rate: float) -> Rule:
+        return {"rule": "topk", "token_keep_rate": 1 - rate}
+
+    def relative(threshold: float) -> Rule:
+        return {"rule": "relative", "token_threshold": threshold}
+
+    def shares(model: minilpt.Classifier) -> Callable[[Rule], float]:
+        return lambda rule: Measured(model, rule, unlabelled[:BISECTED_TEXTS]).counted
+
+    methods: dict[str, tuple[minilpt.Classifier, Callable[[float], Rule]]] = {
+        "calibrated": (plain, calibrated),
+        "learned": (learned, lambda share: met(share, 0.1, 8.0, scaled, shares(learned))),
+        "ramp": (plain, lambda share: met(share, 0.0, 4 / 12, ramp, shares(plain))),
+        "topk": (plain, lambda share: met(share, 0.0, 1.0, topk, shares(plain))),
+        "relative": (plain, lambda share: met(share, 0.0, 0.999, relative, shares(plain))),
+    }
+    dense = {"plain": Measured(plain, None, texts), "learned": Measured(learned, None, texts)}
+    record: dict[str, Any] = {
+        "texts": len(texts),
+        "tokens": sum(map(len, plain.encode(texts)[0])) / len(texts),
+        "layers": layers,
+        "calibration": {"texts": len(unlabelled), "seconds": seconds},
+        "dense": {kind: _scores(each, task, wanted) | {"gflops": each.gflops} for kind, each in dense.items()},
+        "points": {},
+        "rules": {},
+    }
+    for method, (model, rule_of) in methods.items():
+        points = []
+        for share in RATIOS:
+            rule = rule_of(share)
+            if rule is None:
+                continue
+            measured = Measured(model, rule, texts)
+            points.append(
+                {"share": share, "counted": measured.counted, "executed": measured.executed, "gflops": measured.gflops}
+                | _scores(measured, task, wanted)
+                | {"difference": _difference(measured.answers, dense["plain"].answers, wanted, task)}
+            )
+            if share == TIMED_AT:
+                record["rules"][method] = rule
+        record["points"][method] = points
+        say(f"{name}: {method} " + ", ".join(f"{p['counted']:.2f}: {p[task.metrics[0]]:.2f}" for p in points))
+    timed = {
+        method: methods[method][0].with_pruning(rule) for method, rule in record["rules"].items() if rule is not None
+    }
+    record["speedup"] = _speedups(plain.with_pruning(None), timed, texts[:TIMED_TEXTS])
+    return record
+
+
+def _sample(examples: list[Example], count: int) -> list[Example]:
+    """Evenly spaced rows of the file."""
+    if len(examples) <= count:
+        return examples
+    return [examples[math.floor(at * len(examples) / count)] for at in range(count)]
+
+
+def _scores(measured: Measured, task: Task, wanted: NDArray[np.floating]) -> dict[str, Any]:
+    """The task's metrics, and the standard error of the first by bootstrap over the texts."""
+    draw = np.random.default_rng(0)
+    metric = METRICS[task.metrics[0]]
+    rows = draw.integers(0, len(wanted), (RESAMPLES // 4, len(wanted)))
+    spread = statistics.pstdev(metric(measured.answers[row], wanted[row]) for row in rows)
+    return {name: METRICS[name](measured.answers, wanted) for name in task.metrics} | {"standard_error": spread}
+
+
+def _difference(
+    answers: NDArray[np.floating], dense: NDArray[np.floating], wanted: NDArray[np.floating], task: Task
+) -> list[float]:
+    """Lost points of the first metric against the plain dense model: estimate, and 95 % of a paired bootstrap."""
+    draw = np.random.default_rng(0)
+    metric = METRICS[task.metrics[0]]
+    lost = [
+        metric(dense[row], wanted[row]) - metric(answers[row], wanted[row])
+        for row in draw.integers(0, len(wanted), (RESAMPLES, len(wanted)))
+    ]
+    low, high = np.quantile(lost, [0.025, 0.975])
+    return [metric(dense, wanted) - metric(answers, wanted), float(low), float(high)]
+
+
+def _speedups(
+    dense: minilpt.Classifier, pruned: Mapping[str, minilpt.Classifier], texts: Sequence[Any]
+) -> dict[str, list[float]]:
+    """Dense time over pruned time, median, lowest and highest of interleaved rounds after one to warm up."""
+    ratios: dict[str, list[float]] = {name: [] for name in pruned}
+    for turn in range(ROUNDS + 1):
+        for name, model in pruned.items():
+            seconds = []
+            for each in (dense, model):
+                began = time.perf_counter()
+                each.logits(texts)
+                seconds.append(time.perf_counter() - began)
+            if turn:
+                ratios[name].append(seconds[0] / seconds[1])
+    return {name: [statistics.median(found), min(found), max(found)] for name, found in ratios.items()}
+
+
+def main() -> None:
+    """Run the tasks named and add them to the results, or write the report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning_study", description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, help="where study_data and study_train wrote")
+    parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=[*SOURCES], metavar="TASK")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="tables and charts beside the results file")
+    options = parser.parse_args()
+    if options.report:
+        from . import study_report
+
+        study_report.write(files.read_json(options.out), options.out)
+        return
+    results = files.read_json(options.out) if options.out.is_file() else {"tasks": {}}
+    for name in options.tasks:
+        results["tasks"][name] = study(options.work, name, lambda line: print(line, flush=True))
+        results["machine"] = machine()
+        files.write_json(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
