@@ -7,7 +7,6 @@ compiled kernels; "warm": the same folder afterwards. Nobody's files are dropped
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import Bench
+from .processes import peak_mb
 
 COLD_STARTS = 2
 TEXT = "a gorgeous , witty , seductive movie ."
@@ -24,6 +24,7 @@ MINILPT = """
 import sys, minilpt
 model = minilpt.load(precision=sys.argv[2], threads=int(sys.argv[3]))
 print(model.predict(sys.argv[4])[0].label, flush=True)
+sys.stdin.read()
 """
 ONNX = """
 import json, sys, numpy, onnxruntime, tokenizers
@@ -34,6 +35,7 @@ session = onnxruntime.InferenceSession(f"{folder}/{sys.argv[2]}.onnx", options, 
 ids = numpy.array([tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json").encode(sys.argv[4]).ids])
 logits = session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0]
 print(json.load(open(f"{folder}/config.json"))["id2label"][str(logits[0].argmax())], flush=True)
+sys.stdin.read()
 """
 PROGRAMS = {
     "minilpt-fp32": (MINILPT, "fp32"),
@@ -65,13 +67,13 @@ def _start(name: str, folder: Path, cache: Path, threads: int) -> dict[str, Any]
     command = [sys.executable, "-c", program, str(folder), which, str(threads), TEXT]
     environment = os.environ | {"MINILPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    answer = process.stdout.readline().strip()
-    seconds = time.perf_counter() - began
-    lines = process.stderr.read().strip().splitlines()
-    usage: resource.struct_rusage = os.wait4(process.pid, 0)[2]
-    process.returncode = 0  # waited for above
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline().strip()
+        seconds = time.perf_counter() - began
+        peak = peak_mb(process.pid) if answer else 0.0
+        lines = process.communicate()[1].strip().splitlines()
     if not answer:
         return {"error": lines[-1] if lines else "no answer"}
-    return {"seconds": seconds, "peak_mb": usage.ru_maxrss * 1024 / 1e6, "answer": answer}
+    return {"seconds": seconds, "peak_mb": peak, "answer": answer}

@@ -176,8 +176,8 @@ def in_turns(bench: Bench, workers: dict[str, Worker], task: Callable[[Worker], 
 
 
 def throughput(bench: Bench, case: Path) -> dict[str, Any]:
-    """Of every engine on the case: settings, verification, seconds per round, peak memory; how idle the others were."""
-    settings, verified, memory, idle = {}, {}, {}, []
+    """Of every engine on the case: settings, verification, seconds per round; how idle the others were."""
+    settings, verified, idle = {}, {}, []
     for name in bench.usable():
         try:
             settings[name] = choose(bench, name, case)
@@ -203,15 +203,26 @@ def throughput(bench: Bench, case: Path) -> dict[str, Any]:
             return seconds
 
         rounds = in_turns(bench, workers, turn)
-        for name in bench.usable(workers):
-            memory[name] = workers[name].ask("memory")["peak_mb"]
     return {
         "settings": settings,
         "verified": verified,
         "seconds": rounds,
-        "peak_mb": memory,
         "cores_used_by_waiting_engines": {"mean": statistics.fmean(idle), "max": max(idle)} if idle else None,
     }
+
+
+def memory(bench: Bench, case: Path, settings: dict[str, Settings]) -> dict[str, float]:
+    """Peak MB of every engine, each in a process that opens it and runs the case once."""
+    peaks = {}
+    for name in bench.usable(settings):
+        try:
+            with bench.open(name, case, settings[name]) as worker:
+                worker.ask("give", rows=str(case / "rows.json"), settings={"batch": settings[name]["batch"]})
+                worker.ask("throughput")
+                peaks[name] = worker.peak_mb()
+        except EngineError as error:
+            bench.skip(name, error)
+    return peaks
 
 
 def latency(bench: Bench, case: Path, settings: dict[str, Settings]) -> dict[str, Any]:

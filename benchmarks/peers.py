@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from .processes import ROOT, EngineError, convert
 WORK = ROOT / "benchmarks" / "prepared"  # prepared models, about 5 GB; what is there is used again
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 DATA = ROOT.parent / "shared" / "data"
-PARTS = ("shapes", "bundled", "cold-start")
+PARTS = ("shapes", "bundled", "memory", "cold-start")
 PACKAGES = ("minilpt", "numpy", "numba", "llvmlite", "onnx", "onnxruntime", "openvino", "nncf", "ctranslate2", "torch")
 PACKAGES += ("transformers", "tokenizers")
 CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp")
@@ -79,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_shape(bench, options, shape, found, save)
     if "bundled" in options.parts or "cold-start" in options.parts:
         _run_bundled(bench, options, results, save)
+    if "memory" in options.parts:
+        for case, found in _cases(options.work, results):
+            _say(f"memory of {case.parent.name}, {case.name}")
+            found["peak_mb"] = compare.memory(_afresh(bench), case, found["settings"])
+            save()
     save()
     _say(f"wrote {options.out}; draw it with: python -m benchmarks.peers --report {options.out}")
 
@@ -91,6 +96,16 @@ def _continued(results: dict[str, Any], path: Path) -> dict[str, Any]:
         if found[part][name] != results[part][name]:
             sys.exit(f"{path}: {name} was {found[part][name]}, now it is {results[part][name]}; leave out --add")
     return dict(found)
+
+
+def _cases(work: Path, results: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and results of everything whose throughput is known."""
+    for shape, found in results["shapes"].items():
+        for lengths, case in found["throughput"].items():
+            yield work / shape / f"{lengths}-{case['workload']['sequences']}", case
+    for name, case in results.get("bundled", {}).items():
+        if name != "left_out":
+            yield work / "bundled" / name, case
 
 
 def _run_shape(bench: compare.Bench, options: argparse.Namespace, shape: str, results: Any, save: Any) -> None:

@@ -17,6 +17,15 @@ PATIENCE_S = 120  # the longest request, one round of RoBERTa-base, takes some 3
 TICK = os.sysconf("SC_CLK_TCK")
 
 
+def peak_mb(pid: int) -> float:
+    """Peak resident memory of a running process, in MB (10^6 bytes).
+
+    From /proc, because what `wait` reports is never less than the size of the process that started it.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024 / 1e6
+
+
 class EngineError(Exception):
     """An engine could not do what it was asked; the message is its own."""
 
@@ -40,6 +49,10 @@ class Worker:
             bufsize=1,
         )
         self.ask("open", engine=engine, folder=str(folder), settings=dict(settings), threads=threads)
+
+    def peak_mb(self) -> float:
+        """Its peak resident memory so far."""
+        return peak_mb(self._process.pid)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer."""

@@ -98,7 +98,7 @@ class Variant(NumpyEngine):
 def variant(folder: Path, kind: str) -> minilpt.Classifier:
     """The model in `folder` on an engine with this score."""
     model = minilpt.load(folder, pruning=None)
-    weights = checkpoint.load_weights(folder, model.config, NumpyEngine.AS_STORED)
+    weights = checkpoint.load_weights(folder, model.config)
     engine = Variant(model.config, weights, None, backends.Backend("numpy", "cpu", "fp32", 1))
     engine.kind = kind
     return minilpt.Classifier(folder, model.config, engine, None, model._encoder)

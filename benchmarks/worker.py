@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,10 +70,6 @@ class Session:
             self.run(work[len(found) % len(work)])
             found.append(1000 * (time.perf_counter() - began))
         return {"ms": found}
-
-    def memory(self, _: Request) -> dict[str, Any]:
-        """Peak resident memory of this process since its start, in MB (10^6 bytes)."""
-        return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def load(
     config = read_config(folder)
     chosen = _pruning(folder, config, pruning)
     make = CompiledEngine if backend.name == "numba" else NumpyEngine
-    weights = checkpoint.load_weights(folder, config, make.AS_STORED)
+    weights = checkpoint.load_weights(folder, config, make.as_stored(config, precision))
     engine = make(config, weights, chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)

@@ -8,7 +8,7 @@ width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from itertools import pairwise
@@ -33,13 +33,19 @@ Int32 = NDArray[np.int32]
 
 ITEM_TOKENS = 1024  # that one thread takes at a time: every item reads all weights once
 ZEROS_BYTES = 512  # what sums without a bias start with: one panel's columns, and more
+MATRICES = ("query", "key", "value", "attention_output", "inner", "outer")
 TEAM_TOKENS = 128  # per thread: smaller batches are computed by all threads together, one panel each
 
 
 class CompiledEngine:
     """Packed weights, a keep rule and threads. Immutable but for its scratch memory: safe to share between threads."""
 
-    AS_STORED = frozenset({"embeddings.word.weight"})  # may come as int8 rows
+    @staticmethod
+    def as_stored(config: ModelConfig, precision: str) -> frozenset[str]:
+        """Weights that may come as the int8 rows of their file: read so, or packed so."""
+        layers = range(config.layers if precision == "int8" else 0)
+        matrices = {f"layers.{layer}.{part}.weight" for layer in layers for part in MATRICES}
+        return frozenset({"embeddings.word.weight", *matrices})
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], rule: KeepRule | None, backend: Backend):
         compiled.warm_up()  # here rather than at the first text: it may take half a minute
@@ -226,38 +232,51 @@ class _Model:
         return self._table(f"{name}.weight"), self._table(f"{name}.bias")
 
     def _matrix(self, name: str, int8: bool) -> np.void:
-        return self._packed(self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], int8)
+        return self._packed(self._weight(name, int8), self._weights[f"{name}.bias"])
 
-    def _packed(self, weight: Float32, bias: Float32, int8: bool) -> np.void:
-        pack = partial(packing.pack_int8, *quantize_rows(weight)) if int8 else partial(packing.pack, weight)
+    def _packed(self, weight: Float32 | Quantized, bias: Float32) -> np.void:
+        pack = partial(packing.pack_int8, *weight) if isinstance(weight, Quantized) else partial(packing.pack, weight)
         packed: Packed = pack(bias, self._rung)
         self._arrays.append(packed)
         return packed.record()
 
+    def _weight(self, name: str, int8: bool) -> Any:
+        """Float32, or Quantized."""
+        weight = self._weights[f"{name}.weight"]
+        return quantize_rows(weight) if int8 and not isinstance(weight, Quantized) else weight
+
     def _query_key_value(self, at: str, heads: int, head_width: int, int8: bool) -> np.void:
         """The three products of the same rows as one. Each begins with a panel, and each head with a vector."""
         part = compiled.padded(heads * head_width, self._rung.columns)
-        weight = np.zeros((3, part, self._weights[f"{at}query.weight"].shape[1]), np.float32)
-        bias = np.zeros((3, part), np.float32)
-        for place, name in enumerate(("query", "key", "value")):
-            found = _by_head(self._weights[f"{at}{name}.weight"], heads, head_width)
-            weight[place, : len(found)] = found
-            found = _by_head(self._weights[f"{at}{name}.bias"][:, None], heads, head_width)
-            bias[place, : len(found)] = found[:, 0]
-        return self._packed(weight.reshape(3 * part, -1), bias.reshape(-1), int8)
+
+        def stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+            """(D, K) or (D,) three times to (3 * part, K) or (3 * part,), each head's rows padded with zeros."""
+            out = np.zeros((3, part, *arrays[0].shape[1:]), arrays[0].dtype)
+            for place, array in enumerate(arrays):
+                found = _by_head(array.reshape(len(array), -1), heads, head_width)
+                out[place, : len(found)] = found.reshape(len(found), *array.shape[1:])
+            return out.reshape(3 * part, *out.shape[2:])
+
+        names = [f"{at}{name}" for name in ("query", "key", "value")]
+        weights, bias = [self._weight(name, int8) for name in names], [self._weights[f"{name}.bias"] for name in names]
+        weight = Quantized(*map(stacked, zip(*weights, strict=True))) if int8 else stacked(weights)
+        return self._packed(weight, stacked(bias))
 
     def _attention_output(self, at: str, heads: int, head_width: int, int8: bool) -> np.void:
-        weight = self._weights[f"{at}attention_output.weight"]
-        by_input = _by_head(np.ascontiguousarray(weight.T), heads, head_width)
-        return self._packed(np.ascontiguousarray(by_input.T), self._weights[f"{at}attention_output.bias"], int8)
+        def padded(rows: NDArray[Any]) -> NDArray[Any]:
+            return np.ascontiguousarray(_by_head(np.ascontiguousarray(rows.T), heads, head_width).T)
+
+        weight = self._weight(f"{at}attention_output", int8)
+        weight = weight._replace(rows=padded(weight.rows)) if isinstance(weight, Quantized) else padded(weight)
+        return self._packed(weight, self._weights[f"{at}attention_output.bias"])
 
 
-def _by_head(rows: Float32, heads: int, head_width: int) -> Float32:
+def _by_head(rows: NDArray[Any], heads: int, head_width: int) -> NDArray[Any]:
     """(D, K) rows of H heads, each head's D/H padded with zeros: (H * head_width, K)."""
     D, K = rows.shape
     if heads * head_width == D:
         return rows
-    out = np.zeros((heads, head_width, K), np.float32)
+    out = np.zeros((heads, head_width, K), rows.dtype)
     out[:, : D // heads] = rows.reshape(heads, D // heads, K)
     return out.reshape(-1, K)
 

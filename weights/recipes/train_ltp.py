@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from ...evaluate import METRICS
 from ...quantize import dequantize_rows, quantize_rows
 from ...tasks import TASKS, Task, gold, read_examples
+from ...threads import usable_cores
 from ..checkpoint import SCALE_SUFFIX
 from .ltp_bert import Shape, encoder_macs, forward, initial_head
 
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
