@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import minilpt
-from minilpt import pruning
+from minilpt import calibration, pruning
 from minilpt.evaluate import METRICS, machine
 from minilpt.tasks import TASKS, Example, Task, gold, read_examples
 
@@ -103,7 +103,7 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
 
     def calibrated(share: float) -> Rule:
         points = [point for point in found.frontier if point.flops_ratio <= share]
-        return {"rule": "threshold", "thresholds": points[0].thresholds, "score_denominator": 1} if points else None
+        return calibration.RULE | {"thresholds": points[0].thresholds} if points else None
 
     def scaled(factor: float) -> Rule:
         return {"thresholds": [factor * value for value in stored.settings["thresholds"]]}

@@ -1,4 +1,4 @@
-"""What a token's score is made of, and whether the removed ones leave a trace: calibrated frontiers of the variants.
+"""What a token's score is made of, and what becomes of the removed ones: calibrated frontiers of the variants.
 
     python -m benchmarks.score_ablation --work WORK --tasks mrpc rte     # after study_data and study_train
 
@@ -20,6 +20,7 @@ import minilpt
 from minilpt import backends, ragged
 from minilpt.evaluate import machine
 from minilpt.numpy_engine import NumpyEngine
+from minilpt.reference import merge_removed
 from minilpt.tasks import TASKS, read_examples
 from minilpt.weights import checkpoint
 
@@ -30,11 +31,11 @@ from .study_data import SOURCES
 
 RESULTS = ROOT / "benchmarks" / "results" / "score_ablation.json"
 VARIANTS = {
-    "received": "attention received from all live tokens (what minilpt uses)",
-    "accumulated": "the same, mean of all layers so far",
-    "value norm": "the same, times the norm of the token's value",
-    "first token": "attention received from the first token alone",
-    "merged": "attention received; the removed tokens go on as one, their mean weighted by it",
+    "received": "attention received from all live tokens, the removed tokens merged into one (what minilpt uses)",
+    "not merged": "the same score, the removed tokens gone",
+    "accumulated": "the mean of the attention received in all layers so far, merged",
+    "value norm": "attention received times the norm of the token's value, merged",
+    "first token": "attention received from the first token alone, merged",
 }
 RATIOS = (0.7, 0.6, 0.5, 0.4)
 TEXTS = 256
@@ -56,32 +57,29 @@ class Variant(NumpyEngine):
         if rule is not None and not rule.active(layer):
             rule = None
         q, kv = self._linear(x, *weights.query), self._linear(x, *weights.key_value)
-        rows, context, scores, keep, bounds, earlier = [x[:0]], [x[:0]], [np.zeros(0, np.float32)], [], [0], []
+        context, scores, keep = [x[:0]], [np.zeros(0, np.float32)], [np.zeros(0, dtype=bool)]
+        goes_on, earlier = [np.zeros(0, dtype=bool)], []
         for b, (begin, end) in enumerate(pairwise(cu_seqlens)):
             k, v = np.split(kv[begin:end], 2, axis=1)
             probs = self._probs(q[begin:end], k, self.config.heads)
             score = self._score(probs, v)
             if self.kind == "accumulated" and self._earlier:
                 score = (score + layer * self._earlier[b]) / (layer + 1)
-            kept = np.ones(end - begin, dtype=bool) if rule is None else rule.keep(score, layer, int(n_initial[b]))
-            here, found = x[begin:end][kept], self._context(probs[:, kept], v)
-            gone = ~kept
-            if self.kind == "merged" and gone.any():
-                share = (score[gone] / score[gone].sum())[None]
-                here = np.concatenate([here, share @ x[begin:end][gone]])
-                found = np.concatenate([found, share @ self._context(probs[:, gone], v)])
-            rows.append(here)
-            context.append(found)
+            everything = np.ones(end - begin, dtype=bool)
+            kept = rows = everything if rule is None else rule.keep(score, layer, int(n_initial[b]))
+            if self.kind != "not merged" and not kept.all():
+                x[begin:end], probs, rows = merge_removed(x[begin:end], probs, score, kept)
+            context.append(self._context(probs[:, rows], v))
             scores.append(score)
             keep.append(kept)
-            earlier.append(score[kept])
-            bounds.append(bounds[-1] + len(here))
+            goes_on.append(rows)
+            earlier.append(score[rows])
         self._earlier = earlier
         if traced is not None:
             traced[0].append(np.concatenate(scores))
             traced[1].append(np.concatenate(keep))
-        out = self._rest_of_layer(weights, np.concatenate(rows), np.concatenate(context))
-        return out, np.array(bounds, np.int32)
+        places, cu_seqlens = ragged.compact(np.concatenate(goes_on), cu_seqlens)
+        return self._rest_of_layer(weights, x[places], np.concatenate(context)), cu_seqlens
 
     def _score(self, probs: Float32, values: Float32) -> Float32:
         """(n,) float32 of mean 1. probs: (H, n, n), values: (n, D)."""

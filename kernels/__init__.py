@@ -37,4 +37,5 @@ COMPILED: Mapping[str, Callable[..., Any]] = {
     "attention_probs": compiled.attention_probs,
     "attention_mass": compiled.attention_mass,
     "attention_context": compiled.attention_context,
+    "merged_row": compiled.merged_row,
 }

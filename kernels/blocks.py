@@ -9,7 +9,18 @@ from __future__ import annotations
 import numpy as np
 
 # What the compiled entry can be asked to do (`jit/build.py`), and the activations that it knows.
-RUN_FORWARD, RUN_PRODUCT, RUN_QUANTIZE, RUN_NORM, RUN_ACTIVATE, RUN_PROBS, RUN_MASS, RUN_CONTEXT, RUN_KEEP = range(9)
+(
+    RUN_FORWARD,
+    RUN_PRODUCT,
+    RUN_QUANTIZE,
+    RUN_NORM,
+    RUN_ACTIVATE,
+    RUN_PROBS,
+    RUN_MASS,
+    RUN_CONTEXT,
+    RUN_KEEP,
+    RUN_MERGE,
+) = range(10)
 NONE, GELU, GELU_TANH, RELU, TANH = range(5)
 ACTIVATIONS = {"none": NONE, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "tanh": TANH}
 
@@ -38,7 +49,7 @@ MODEL = _record(
 )
 
 # What one layer's keep rule asks for, see `minilpt.pruning.Step`.
-RULE = _record("kind denominator limit", floats="value")
+RULE = _record("kind denominator limit merge", floats="value")
 KEEP_ALL, ABSOLUTE, RELATIVE, COUNT = range(4)
 INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself; limit: never more
 

@@ -244,8 +244,17 @@ def attention_context(probs: Float32, v: Float32) -> Float32:
     return np.ascontiguousarray(out[:, :, : v.shape[1] // H].transpose(1, 0, 2).reshape(m, -1))
 
 
-def keep(mass: Float32, rule: tuple[int, int, int, float], n_initial: int) -> NDArray[np.int64]:
-    """Places of the kept tokens under a rule's step (kind, denominator, limit, value). mass: (n,) float32."""
+def merged_row(rows: Float32, share: Float32) -> Float32:
+    """The sum of rows times their shares: (K,) from rows (n, K) and share (n,), float32, in the order of the rows."""
+    first, copied = int(np.argmax(share != 0)), np.array(rows, np.float32, order="C")
+    share = np.ascontiguousarray(share)
+    places = (copied.ctypes.data, copied.strides[0], copied.shape[1], share.ctypes.data, len(share), first)
+    run(blocks.RUN_MERGE, *places)
+    return copied[first]
+
+
+def keep(mass: Float32, rule: tuple[int, int, int, int, float], n_initial: int) -> NDArray[np.int64]:
+    """Places of the kept tokens under a rule's step (kind, denominator, limit, merge, value). mass: (n,) float32."""
     record = np.array([rule], blocks.RULE)
     kept, count, mass = np.empty(len(mass), np.int64), np.zeros(1, np.int64), np.ascontiguousarray(mass)
     places = (mass.ctypes.data, len(mass), record.ctypes.data, n_initial, kept.ctypes.data, count.ctypes.data)

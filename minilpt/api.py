@@ -230,11 +230,13 @@ class Classifier:
         traced = self.forward(*self.encode(items), trace=True)
         assert traced.masses is not None and traced.kept is not None
         scores: list[list[float]] = [[] for _ in range(prediction.n_tokens)]
-        live = np.arange(prediction.n_tokens)
+        live = np.arange(prediction.n_tokens)  # their rows; -1 is the one that stands for removed tokens
         for masses, kept in zip(traced.masses, traced.kept, strict=True):
             for place, mass in zip(live.tolist(), masses.tolist(), strict=True):
-                scores[place].append(mass)
-            live = live[kept]
+                if place >= 0:
+                    scores[place].append(mass)
+            merges = self.pruning is not None and self.pruning.rule.merge_removed and not kept.all()
+            live = np.insert(live[kept], [kept.argmin()] * merges, -1)
         stays = set(live.tolist())
         pieces = self._text_encoder().pieces(items[0])
         tokens = [

@@ -37,7 +37,8 @@ FEW_TEXTS = 100  # below it, with a warning
 MOST_TEXTS = 1000  # of more, a sample
 LOWEST_RATIO = 0.3  # how far the frontier reaches, unless a target lies lower
 CONFIDENCE = 0.95  # of the lower bound on agreement
-SCORE_DENOMINATOR = 1  # thresholds on the attention mass itself: its mean is 1 at any length
+# The thresholds bound the attention mass itself, whose mean is 1 at any length; removed tokens go on as one.
+RULE = {"rule": "threshold", "score_denominator": 1, "denominator_limit": None, "merge_removed": True}
 METHOD = "searched without gradients for the least divergence from the dense model (minilpt calibrate)"
 
 
@@ -78,10 +79,8 @@ class Calibration:
         """What `load(pruning=...)` and `Classifier.with_pruning` take, and ltp.json holds."""
         return {
             "schema_version": pruning.SCHEMA_VERSION,
-            "rule": "threshold",
+            **RULE,
             "thresholds": list(self.chosen.thresholds),
-            "score_denominator": SCORE_DENOMINATOR,
-            "denominator_limit": None,
             "frontier": [asdict(point) for point in self.frontier],
             "method": METHOD,
             "provenance": dict(self.provenance),
@@ -295,7 +294,7 @@ class _Half:
         return sum(len(row) for row in self._ids) / len(self._ids)
 
     def start(self) -> Measured:
-        """Only the last layer prunes, and leaves the first token: nothing else of it is ever read."""
+        """Only the last layer prunes, all but the first token: nothing else of it is ever read."""
         return self.measure((0.0,) * (self._config.layers - 1) + (float(self._config.max_tokens),))
 
     def measure(self, thresholds: Thresholds) -> Measured:
@@ -339,16 +338,15 @@ class _Half:
         )
 
     def _run(self, thresholds: Thresholds, trace: bool = False) -> Forward:
-        rule = {"rule": "threshold", "thresholds": thresholds, "score_denominator": SCORE_DENOMINATOR}
-        variant = self._model.with_pruning(rule | {"denominator_limit": None})
+        variant = self._model.with_pruning(RULE | {"thresholds": thresholds})
         return variant.forward(self._ids, self._segments, trace=trace)
 
     def _flops(self, result: Forward, thresholds: Thresholds) -> int:
-        """Counted FLOPs of an untraced run, whose last layer's rule is either none or all but the first token."""
+        """Counted FLOPs of an untraced run, whose last layer either has no rule or removes all but the first token."""
         n_ffn = result.kept_tokens.copy()
         n_attention = np.concatenate([[[len(row) for row in self._ids]], n_ffn[:-1]])
-        if thresholds[-1] == 0:
-            n_ffn[-1] = n_attention[-1]
+        first_and_rest = np.minimum(n_attention[-1], 2)
+        n_ffn[-1] = n_attention[-1] if thresholds[-1] == 0 else first_and_rest
         return int(pruning.counted_flops(self._config, n_attention, n_ffn).sum())
 
     def _savings(self, n_attention: NDArray[np.int32], n_ffn: NDArray[np.int32]) -> list[float]:

@@ -34,7 +34,8 @@ class Forward:
     With trace only, else None: attention_lengths and ffn_lengths, (L, B) int32, live tokens before and after each
     layer's pruning; counted_flops, (B,) int64, as the paper counts; masses and kept, for each layer (N_l,) float32 and
     bool over its N_l = attention_lengths[l].sum() live tokens, sequence after sequence: the attention that each token
-    receives, summed over queries and averaged over heads, and whether it goes on.
+    receives, summed over queries and averaged over heads, and whether it stays. Where a rule merges what it removes,
+    one row more goes on, in the place of the first removed token: ffn_lengths count it.
     """
 
     logits: Float32

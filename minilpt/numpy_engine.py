@@ -20,6 +20,7 @@ from .engine import Forward, Traced, outcome
 from .kernels import NUMPY
 from .pruning import KeepRule
 from .ragged import TokenBatch
+from .reference import merge_removed
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -115,22 +116,26 @@ class NumpyEngine:
         q, kv = self._linear(x, *weights.query), self._linear(x, *weights.key_value)
         # Of no sequence at all, to begin with.
         context, masses, keep = [x[:0]], [np.zeros(0, np.float32)], [np.zeros(0, dtype=bool)]
+        rows = [np.zeros(0, dtype=bool)]
         for b, (begin, end) in enumerate(_spans(cu_seqlens)):
             k, v = np.split(kv[begin:end], 2, axis=1)
             probs = self._probs(q[begin:end], k, self.config.heads)
-            kept = np.ones(end - begin, dtype=bool)
+            kept = goes_on = np.ones(end - begin, dtype=bool)
             if rule is not None or traced is not None:
                 masses.append(self._mass(probs))
             if rule is not None:
-                kept = rule.keep(masses[-1], layer, int(n_initial[b]))
-                probs = probs[:, kept]
+                kept = goes_on = rule.keep(masses[-1], layer, int(n_initial[b]))
+                if rule.merge_removed and not kept.all():
+                    x[begin:end], probs, goes_on = merge_removed(x[begin:end], probs, masses[-1], kept)
+                probs = probs[:, goes_on]
             context.append(self._context(probs, v))
             keep.append(kept)
+            rows.append(goes_on)
         if traced is not None:
             traced[0].append(np.concatenate(masses))
             traced[1].append(np.concatenate(keep))
-        rows, cu_seqlens = ragged.compact(np.concatenate(keep), cu_seqlens)
-        return self._rest_of_layer(weights, x[rows], np.concatenate(context)), cu_seqlens
+        places, cu_seqlens = ragged.compact(np.concatenate(rows), cu_seqlens)
+        return self._rest_of_layer(weights, x[places], np.concatenate(context)), cu_seqlens
 
     def _first_row_layer(self, layer: int, x: Float32, cu_seqlens: Int32) -> tuple[Float32, Int32]:
         """The last layer for a classifier: one query row per sequence against all its keys. Exact. (B, D), (B + 1,)."""

@@ -38,17 +38,23 @@ class Step(NamedTuple):
     """What a rule asks of one layer, in the words of the compiled kernels (`kernels.blocks.RULE`).
 
     kind: ABSOLUTE (mass / denominator >= value), RELATIVE (mass / max >= value), COUNT (the round(n_initial * value)
-    largest) or KEEP_ALL. denominator: a number, INITIAL or LIVE, and never more than limit.
+    largest) or KEEP_ALL. denominator: a number, INITIAL or LIVE, and never more than limit. merge: whether the removed
+    tokens go on as one.
     """
 
     kind: int = blocks.KEEP_ALL
     denominator: int = 0
     limit: int = MOST_TOKENS
+    merge: bool = False
     value: np.float32 = np.float32(0)
 
 
 class KeepRule(Protocol):
     """What the forward pass asks of a rule."""
+
+    @property
+    def merge_removed(self) -> bool:
+        """Whether the tokens that a layer removes go on as one, their mean weighted by mass (`reference`)."""
 
     def active(self, layer: int) -> bool:
         """Whether this layer can remove anything at all; if not, its masses are never computed."""
@@ -72,6 +78,7 @@ class Threshold:
     thresholds: tuple[float, ...]
     score_denominator: ScoreDenominator
     denominator_limit: int = MOST_TOKENS
+    merge_removed: bool = False
 
     def active(self, layer: int) -> bool:
         return self.thresholds[layer] != 0
@@ -83,7 +90,7 @@ class Threshold:
     def step(self, layer: int) -> Step:
         z = self.score_denominator
         denominator = {"initial": blocks.INITIAL, "live": blocks.LIVE}[z] if isinstance(z, str) else z
-        return Step(blocks.ABSOLUTE, denominator, self.denominator_limit, self._lowest(layer))
+        return Step(blocks.ABSOLUTE, denominator, self.denominator_limit, self.merge_removed, self._lowest(layer))
 
     def _lowest(self, layer: int) -> np.float32:
         return max(SCORE_FLOOR, np.float32(self.thresholds[layer]))
@@ -100,8 +107,9 @@ class Ramp(Threshold):
     """The paper's manual thresholds: final * layer / L, under the rule of `Threshold`."""
 
     @classmethod
-    def to(cls, final: float, layers: int, score_denominator: ScoreDenominator, limit: int = MOST_TOKENS) -> Ramp:
-        return cls(tuple(final * layer / layers for layer in range(layers)), score_denominator, limit)
+    def to(cls, final: float, layers: int, score_denominator: ScoreDenominator, *more: Any) -> Ramp:
+        """more: as `Threshold` takes them."""
+        return cls(tuple(final * layer / layers for layer in range(layers)), score_denominator, *more)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class Relative:
     """Keep k iff mass_k / max_j mass_j >= token_threshold, in every layer ("threshold" in the LTP code)."""
 
     token_threshold: float
+    merge_removed: bool = False
 
     def active(self, layer: int) -> bool:
         return self.token_threshold > 0
@@ -117,7 +126,7 @@ class Relative:
         return _pinned(mass / mass.max() >= np.float32(self.token_threshold))
 
     def step(self, layer: int) -> Step:
-        return Step(blocks.RELATIVE, value=np.float32(self.token_threshold))
+        return Step(blocks.RELATIVE, merge=self.merge_removed, value=np.float32(self.token_threshold))
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class TopK:
 
     token_keep_rate: float
     layers: int
+    merge_removed: bool = False
 
     def rate(self, layer: int) -> float:
         dense = max(3, math.ceil(0.15 * self.layers))
@@ -149,7 +159,7 @@ class TopK:
         return _pinned(keep)
 
     def step(self, layer: int) -> Step:
-        return Step(blocks.COUNT, value=np.float32(self.rate(layer)))
+        return Step(blocks.COUNT, merge=self.merge_removed, value=np.float32(self.rate(layer)))
 
 
 def _pinned(keep: Keep) -> Keep:
@@ -202,8 +212,10 @@ RULE_KEYS: Mapping[str, frozenset[str]] = {
     "topk": frozenset({"token_keep_rate"}),
 }
 OPTIONAL_KEYS: Mapping[str, frozenset[str]] = {
-    "threshold": frozenset({"denominator_limit", "frontier"}),
-    "ramp": frozenset({"denominator_limit"}),
+    "threshold": frozenset({"denominator_limit", "frontier", "merge_removed"}),
+    "ramp": frozenset({"denominator_limit", "merge_removed"}),
+    "relative": frozenset({"merge_removed"}),
+    "topk": frozenset({"merge_removed"}),
 }
 _COMMON_KEYS = frozenset({"schema_version", "rule", "method", "provenance"})
 
@@ -220,19 +232,19 @@ def parse(record: Mapping[str, Any], layers: int, where: str) -> Pruning:
     name = record.get("rule")
     if not isinstance(name, str) or name not in RULE_KEYS:
         raise check.error(f"rule {name!r} is not one of {', '.join(RULE_KEYS)}")
-    optional = OPTIONAL_KEYS.get(name, frozenset())
+    optional, merge = OPTIONAL_KEYS[name], check.merge()
     check.keys(RULE_KEYS[name], optional, name)
     rule: KeepRule
     frontier: tuple[tuple[float, Threshold], ...] = ()
     if name == "threshold":
-        rule = Threshold(check.thresholds(layers), check.denominator(), check.limit())
+        rule = Threshold(check.thresholds(layers), check.denominator(), check.limit(), merge)
         frontier = tuple((ratio, replace(rule, thresholds=point)) for ratio, point in check.frontier(layers))
     elif name == "ramp":
-        rule = Ramp.to(check.number("final_threshold"), layers, check.denominator(), check.limit())
+        rule = Ramp.to(check.number("final_threshold"), layers, check.denominator(), check.limit(), merge)
     elif name == "relative":
-        rule = Relative(check.number("token_threshold", 0, 1))
+        rule = Relative(check.number("token_threshold", 0, 1), merge)
     else:
-        rule = TopK(check.number("token_keep_rate", 0, 1), layers)
+        rule = TopK(check.number("token_keep_rate", 0, 1), layers, merge)
     settings = {key: record[key] for key in sorted(RULE_KEYS[name] | optional) if key in record}
     return Pruning(rule, name, settings, record.get("method"), record.get("provenance", {}), frontier)
 
@@ -295,6 +307,12 @@ class _Checker:
             raise self.error(
                 f'score_denominator must be "initial", "live" or a positive integer below 2^31, found {value!r}'
             )
+        return value
+
+    def merge(self) -> bool:
+        value = self.record.get("merge_removed", False)
+        if not isinstance(value, bool):
+            raise self.error(f"merge_removed must be true or false, found {value!r}")
         return value
 
     def limit(self) -> int:

@@ -29,7 +29,8 @@ Weights = Mapping[str, Any]  # Array, or Quantized for the matrices of precision
 class Traced:
     """logits (labels,), and per layer the live tokens before (n_attention) and after (n_ffn) its pruning, (L,).
 
-    masses, kept: per layer (n_attention,), what each live token receives and whether it goes on.
+    masses, kept: per layer (n_attention,), what each live token receives and whether it stays; one row more goes on
+    where the rule merges what it removes.
     """
 
     logits: Array
@@ -70,7 +71,7 @@ def embed(weights: Weights, config: ModelConfig, ids: NDArray[np.int32], segment
 def encoder_layer(
     weights: Weights, config: ModelConfig, rule: KeepRule | None, layer: int, x: Array, n_initial: int
 ) -> tuple[Array, Array, Keep]:
-    """Attention, pruning, feed-forward. x: (n, D). Returns kept rows, (n', D), masses, and who is kept, (n,)."""
+    """Attention, pruning, feed-forward. x: (n, D). Returns the rows that go on, (n', D), masses, who is kept, (n,)."""
 
     def projected(name: str, rows: Array) -> Array:
         return linear(rows, weights[f"layers.{layer}.{name}.weight"], weights[f"layers.{layer}.{name}.bias"])
@@ -85,10 +86,39 @@ def encoder_layer(
     keep = np.ones(len(x), dtype=bool)  # (n,)
     if rule is not None and rule.active(layer):
         keep = rule.keep(mass, layer, n_initial)  # (n,)
-    context = attention_context(probs[:, keep], v)  # (n', D): kept queries, all keys
-    x = normed("attention_norm", x[keep] + projected("attention_output", context))  # (n', D)
+    goes_on = keep  # (n,)
+    if rule is not None and rule.merge_removed and not keep.all():
+        x, probs, goes_on = merge_removed(x, probs, mass, keep)  # (n, D), (H, n, n), (n,)
+    context = attention_context(probs[:, goes_on], v)  # (n', D): queries that go on, all keys
+    x = normed("attention_norm", x[goes_on] + projected("attention_output", context))  # (n', D)
     inner = ACTIVATIONS[config.activation](projected("inner", x))  # (n', F)
     return normed("outer_norm", x + projected("outer", inner)), mass, keep  # (n', D), (n,), (n,)
+
+
+def merge_removed(x: Array, probs: Array, mass: Array, keep: Keep) -> tuple[Array, Array, Keep]:
+    """Let the removed tokens go on as one, their mean weighted by mass, in the place of the first of them.
+
+    x: (n, D), probs: (H, n, n), mass, keep: (n,). Returns x and probs with that row set, and which rows go on.
+    """
+    gone = ~keep
+    share = removed_share(mass, keep)  # (n,), 0 for the kept
+    first = int(np.argmax(gone))
+    x, probs, goes_on = x.copy(), probs.copy(), keep.copy()
+    x[first], probs[:, first], goes_on[first] = merged_row(x, share), merged_row(probs, share), True
+    return x, probs, goes_on
+
+
+def removed_share(mass: Array, keep: Keep) -> Array:
+    """Each removed token's share of the removed mass, or equal ones where there is none; 0 for the kept. (n,)."""
+    gone = np.where(keep, 0, mass)
+    total = gone.sum()
+    share: Array = gone / total if total > 0 else ~keep / (~keep).sum()
+    return share.astype(mass.dtype)
+
+
+def merged_row(rows: Array, share: Array) -> Array:
+    """The sum of rows times their shares. rows: (..., n, K), share: (n,). Returns (..., K)."""
+    return share @ rows
 
 
 def head(weights: Weights, config: ModelConfig, first: Array) -> Array:

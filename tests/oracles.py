@@ -168,9 +168,9 @@ def transformers_logits(twin: Twin, batch: Batch) -> Float64:
 class Emulated:
     """logits (B, labels) and, per layer, sequence and place in the padded batch, (L, B, n):
 
-    alive, kept: the tokens before and after the layer's rule; mass: the attention that a token receives from live
-    queries, averaged over heads; score: what its rule compares; margin: how far, in units of mass, the decision is from
-    the opposite one, infinite where there is nothing to decide.
+    alive, kept: the tokens before and after the layer's rule, with the one that stands for merged ones; mass: the
+    attention that a token receives from live queries, averaged over heads; score: what its rule compares; margin: how
+    far, in units of mass, the decision is from the opposite one, infinite where there is nothing to decide.
     """
 
     logits: Float64
@@ -215,13 +215,29 @@ def emulate(twin: Twin, batch: Batch, rule: Mapping[str, Any] | None) -> Emulate
         kept, score, margin = _decide(rule, number, twin.config.layers, mass, alive, n_initial)
         margin = margin.masked_fill(~alive, math.inf)
         margin[:, 0] = math.inf
-        steps.append((alive, kept, mass, score, margin))
+        goes_on = kept
+        if rule is not None and rule.get("merge_removed"):
+            x, probs, goes_on = _merged(x, probs, mass, alive, kept)
+        steps.append((alive, goes_on, mass, score, margin))
         x = layer.attention.output((probs @ v).transpose(1, 2).flatten(2), x)
         x = layer.output(layer.intermediate(x), x)
-        alive = kept
+        alive = goes_on
     pooler = getattr(encoder, "pooler", None)
     logits = twin.model.classifier(x if pooler is None else pooler(x))
     return Emulated(logits.numpy(), *(torch.stack(step).numpy() for step in zip(*steps, strict=True)))
+
+
+def _merged(x: Tensor, probs: Tensor, mass: Tensor, alive: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first token that each sequence's rule removed stands for all of them. x: (B, n, D), probs: (B, H, n, n)."""
+    x, probs, goes_on = x.clone(), probs.clone(), kept.clone()
+    for b, gone in enumerate(alive & ~kept):
+        if gone.any():
+            places = gone.nonzero()[:, 0]
+            share = mass[b, places] / mass[b, places].sum()
+            x[b, places[0]] = (share[:, None] * x[b, places]).sum(0)
+            probs[b, :, places[0]] = (share[:, None] * probs[b][:, places]).sum(1)
+            goes_on[b, places[0]] = True
+    return x, probs, goes_on
 
 
 def _decide(
@@ -274,15 +290,20 @@ class Step(NamedTuple):
 
 
 def steps_of(
-    lengths: Sequence[int], masses: Sequence[NDArray[np.floating]], kept: Sequence[NDArray[np.bool_]]
+    lengths: Sequence[int], masses: Sequence[NDArray[np.floating]], kept: Sequence[NDArray[np.bool_]], merge: bool
 ) -> list[list[Step]]:
-    """Per sequence and layer, the masses and which tokens went on. masses, kept: as `engine.Forward` has them."""
+    """Per sequence and layer, the masses and which tokens went on. masses, kept: as `engine.Forward` has them.
+
+    merge: whether the first removed token stands for all of them.
+    """
     places = [np.arange(n) for n in lengths]
     steps: list[list[Step]] = [[] for _ in lengths]
     for mass, goes_on in zip(masses, kept, strict=True):
         bounds = np.cumsum([0, *map(len, places)])
         assert len(mass) == len(goes_on) == bounds[-1]
         for b, (begin, end) in enumerate(pairwise(bounds)):
-            places[b] = places[b][goes_on[begin:end]]
+            here = goes_on[begin:end].copy()
+            here[here.argmin()] |= merge
+            places[b] = places[b][here]
             steps[b].append(Step(places[b].tolist(), mass[begin:end]))
     return steps

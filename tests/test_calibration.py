@@ -83,8 +83,7 @@ def test_every_point_is_what_the_model_does_on_the_held_out_texts(
     ids, segments = model.encode(texts)
     dense = model.predict(texts)
     for point in found.frontier[::5]:
-        rule = {"rule": "threshold", "thresholds": point.thresholds, "score_denominator": 1}
-        pruned = model.with_pruning(rule)
+        pruned = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds})
         traced, answers = pruned.forward(ids, segments, trace=True), pruned.predict(texts)
         assert traced.counted_flops is not None
         assert point.flops_ratio == traced.counted_flops.sum() / traced.dense_flops.sum()
@@ -175,9 +174,7 @@ def test_flops_ratio_moves_along_the_frontier(model: minilpt.Classifier, found: 
     pruned = model.with_pruning(found.pruning)
     for ratio in (0.9, 0.6, 0.4):
         point = next(point for point in found.frontier if point.flops_ratio <= ratio)
-        want = model.with_pruning(
-            {"rule": "threshold", "thresholds": point.thresholds, "score_denominator": 1}
-        ).predict(TEXTS)
+        want = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds}).predict(TEXTS)
         assert pruned.predict(TEXTS, flops_ratio=ratio) == want
     np.testing.assert_array_equal(
         pruned.predict_proba(TEXTS, flops_ratio=1.0), model.with_pruning(None).predict_proba(TEXTS)

@@ -30,6 +30,8 @@ RULES: dict[str, dict[str, Any] | None] = {
     "threshold": {"rule": "threshold", "thresholds": [0, 0.6, 0.8, 0.9], "score_denominator": 1},
     "relative": {"rule": "relative", "token_threshold": 0.3},
     "topk": {"rule": "topk", "token_keep_rate": 0.4},
+    "merged": {"rule": "threshold", "thresholds": [0.7, 0.6, 0.8, 0.9], "score_denominator": 1, "merge_removed": True},
+    "merged to two": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1, "merge_removed": True},
     "first only": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1},
 }
 SHAPE = {"num_hidden_layers": 4, "max_position_embeddings": 512}

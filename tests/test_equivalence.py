@@ -61,7 +61,8 @@ def run(engine: Engine, twin: Twin, batch: Batch) -> tuple[Forward, list[list[St
     result = forward(twin, engine, batch, trace=True)
     assert result.masses is not None
     assert result.kept is not None
-    return result, oracles.steps_of([len(ids) for ids, _ in batch], result.masses, result.kept)
+    merge = engine.rule is not None and engine.rule.merge_removed
+    return result, oracles.steps_of([len(ids) for ids, _ in batch], result.masses, result.kept, merge)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,10 @@ def threshold_record(fractions: list[float], denominator: str | int) -> dict[str
     }
 
 
+def merged_record(fractions: list[float], denominator: str | int) -> dict[str, Any]:
+    return threshold_record(fractions, denominator) | {"merge_removed": True}
+
+
 def ramp_record(final_threshold: float, denominator: str | int) -> dict[str, Any]:
     return {"rule": "ramp", "final_threshold": final_threshold, "score_denominator": denominator}
 
@@ -227,6 +232,7 @@ RECORDS: Mapping[str, st.SearchStrategy[dict[str, Any]]] = {
     "threshold-limited": st.builds(
         limited_record, any_fractions, st.sampled_from(["initial", "live"]), st.integers(5, 40)
     ),
+    "threshold-merged": st.builds(merged_record, any_fractions, denominators["live"]),
     "ramp": st.builds(ramp_record, st.floats(-0.1, 0.2), st.one_of(*denominators.values())),
     # Not between 0 and 0.01: beside a threshold of 1e-200, every token with hardly any mass is a close call.
     "relative": st.builds(lambda value: {"rule": "relative", "token_threshold": value}, st.floats(0.01, 0.9)),
@@ -237,6 +243,9 @@ FIXED: Mapping[str, dict[str, Any]] = {
     "ramp": {"rule": "ramp", "final_threshold": 0.05, "score_denominator": 40},
     "relative": {"rule": "relative", "token_threshold": 0.1},
     "topk": {"rule": "topk", "token_keep_rate": 0.3},
+    "topk-merged": {"rule": "topk", "token_keep_rate": 0.3, "merge_removed": True},
+    "merged": {"rule": "threshold", "thresholds": [0.4, 0.7, 0.8, 0.8, 0.9, 0.9], "score_denominator": 1}
+    | {"merge_removed": True},
 }
 
 
@@ -315,7 +324,8 @@ def run_reference(twin: Twin, rule: KeepRule | None, batch: Batch) -> tuple[NDAr
         row, kinds = np.array(ids, np.int32), np.array(segments, np.int32)
         traced = reference.forward(twin.exact, twin.config, rule, row, kinds)
         logits.append(traced.logits)
-        steps += oracles.steps_of([len(ids)], traced.masses, traced.kept)
+        merge = rule is not None and rule.merge_removed
+        steps += oracles.steps_of([len(ids)], traced.masses, traced.kept, merge)
     return np.stack(logits), steps
 
 

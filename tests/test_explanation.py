@@ -15,6 +15,7 @@ from minilpt.errors import InputError
 import checkpoints
 
 RULE = {"rule": "threshold", "thresholds": [0.0, 0.9, 0.8], "score_denominator": 1}
+MERGED = RULE | {"thresholds": [0.8, 0.95, 0.9], "merge_removed": True}
 TEXT = "A film,  not <b>good</b>ly & the bads!"
 
 
@@ -38,6 +39,18 @@ def test_every_token_has_the_fate_that_forward_gave_it(model: minilpt.Classifier
     assert (found.label, found.score) == (prediction.label, prediction.score)
     assert len(found.tokens) == prediction.n_tokens
     assert found.tokens[0].removed_in is None
+
+
+def test_merged_tokens_are_shown_as_removed_and_the_row_that_stands_for_them_is_none(model: minilpt.Classifier) -> None:
+    merged = model.with_pruning(MERGED)
+    found, traced = merged.explain(TEXT), merged.forward(*merged.encode([TEXT]), trace=True)
+    assert traced.kept is not None and traced.masses is not None
+    gone = [token.removed_in == 0 for token in found.tokens]
+    assert gone == (~traced.kept[0]).tolist()
+    assert 1 < sum(gone) < len(gone)
+    stands_in = gone.index(True)
+    reached = [token for token in found.tokens if token.removed_in != 0]
+    np.testing.assert_array_equal([t.scores[1] for t in reached], np.delete(traced.masses[1], stands_in))
 
 
 def test_tokens_stand_where_their_characters_are(model: minilpt.Classifier) -> None:

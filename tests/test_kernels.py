@@ -56,6 +56,7 @@ def arguments(name: str, n: int, width: int) -> tuple[Any, ...]:
         "attention_probs": (x, normal(6, n + 2, width), heads),
         "attention_mass": (probs,),
         "attention_context": (probs, normal(7, n + 2, width)),
+        "merged_row": (x, np.maximum(normal(8, n) - (np.arange(n) < n // 3), 0) + (np.arange(n) == n - 1)),
     }.get(name, (4 * x,))
 
 

@@ -14,7 +14,7 @@ from minilpt.tasks import TASKS
 
 import checkpoints
 
-RULE = {"rule": "threshold", "thresholds": [0.6, 0.9, 0.8], "score_denominator": 1}
+RULE = {"rule": "threshold", "thresholds": [0.6, 0.9, 0.8], "score_denominator": 1, "merge_removed": True}
 TEXTS = ["good film", "the bad film ! not a good , good , good film", "not", "a film , a film and a film"] * 4
 
 

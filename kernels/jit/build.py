@@ -19,7 +19,7 @@ from .attention import add_mass, attention_context, attention_probs, average_mas
 from .encoder import forward
 from .memory import record, view
 from .products import product
-from .rules import keep
+from .rules import keep, merge_rows
 
 COLUMNS = chosen().columns
 ENTRY = "minilpt_kernels"
@@ -51,6 +51,8 @@ def _run(operation, arguments):
         average_mass(a[5], a[6], a[1], a[3], view(a[7], a[3], np.float32))
     elif operation == blocks.RUN_CONTEXT:
         attention_context(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8])
+    elif operation == blocks.RUN_MERGE:
+        merge_rows(a[0], a[1], a[2], view(a[3], a[4], np.float32), a[4], a[5])
     elif operation == blocks.RUN_KEEP:
         count = view(a[5], 1, np.int64)
         mass, kept = view(a[0], a[1], np.float32), view(a[4], a[1], np.int64)

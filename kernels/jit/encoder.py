@@ -142,7 +142,14 @@ def full_layer(model, number, batch, work, bounds, after, local, scratch, thread
                 found = rules.keep(mass, n, rule, n_initial, bounds[s], kept, count)
                 if batch.masses and thread == 0:
                     trace(batch, number, bounds[s], n, mass, kept, count, found)
-                attend_kept(model, work, place, n, kept, count, found, bounds[s], local, thread, threads)
+                merged = -1
+                if rule.merge and found < n:
+                    merged = rules.merge(mass, n, kept, count, found, bounds[s])
+                    found += 1
+                    if thread == 0:
+                        x = work.x.floats + bounds[s] * work.x.stride
+                        rules.merge_rows(x, work.x.stride, model.width, mass, n, merged)
+                attend_kept(model, work, place, n, kept, count, found, bounds[s], mass, merged, local, thread, threads)
             count += found
             after[s + 1] = after[s] + found
         wait(work, threads)
@@ -232,11 +239,12 @@ def score(model, work, qkv, n, keys, received, thread, threads):
 
 
 @compiled
-def attend_kept(model, work, qkv, n, kept, row, count, first, values, thread, threads):
+def attend_kept(model, work, qkv, n, kept, row, count, first, shares, merged, values, thread, threads):
     """Contexts of one sequence's kept rows from the probabilities that `score` left.
 
     The rows are kept[row : row + count], of which `first` is the sequence's row 0; work.context has them from `row` on.
-    values: room for one head's values.
+    merged: the place of the one that stands for the removed ones, whose shares in it `shares` has, or -1. values: room
+    for one head's values.
     """
     line, width = probs_stride(n), 4 * model.head_width
     begin, end = share(model.heads, thread, threads)
@@ -244,6 +252,8 @@ def attend_kept(model, work, qkv, n, kept, row, count, first, values, thread, th
         _, _, v = head_places(model, work, qkv, h)
         pack_values(v, work.query_key_value_stride, n, model.head_width, values)
         probs = work.probs + h * work.probs_bytes
+        if merged >= 0:
+            rules.merge_rows(probs, line, n, shares, n, merged)
         for at in range(count):
             source = kept[row + at] - first
             if source != at:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import blocks
-from .memory import compiled
+from .memory import compiled, view
 
 
 @compiled
@@ -27,6 +27,47 @@ def keep(mass, n, rule, n_initial, offset, kept, at):
             kept[at + count] = offset + k
             count += 1
     return count
+
+
+@compiled
+def merge(mass, n, kept, at, count, offset):
+    """Let the removed tokens go on as one, in the place of the first of them: its place among all, which is returned.
+
+    mass: (n,) float32, becomes each token's share of the merged one, 0 for the kept; kept[at : at + count]: as `keep`
+    left it, with at least one token removed; the merged one's place is put in.
+    """
+    total, removed, first, place = np.float32(0), 0, -1, at
+    for k in range(n):
+        if place < at + count and kept[place] == offset + k:
+            mass[k] = 0
+            place += 1
+        else:
+            total += mass[k]
+            removed += 1
+            first = k if first < 0 else first
+    place = at
+    for k in range(n):
+        if place < at + count and kept[place] == offset + k:
+            place += 1
+        else:
+            mass[k] = mass[k] / total if total > 0 else np.float32(1) / np.float32(removed)
+    for place in range(at + count, at + first, -1):
+        kept[place] = kept[place - 1]
+    kept[at + first] = offset + first
+    return first
+
+
+@compiled
+def merge_rows(rows, stride, width, share, n, first):
+    """Row `first` becomes the sum of n rows times their shares; rows before it have none. rows: address, width float32."""
+    target = view(rows + first * stride, width, np.float32)
+    for i in range(width):
+        target[i] *= share[first]
+    for k in range(first + 1, n):
+        if share[k] != 0:
+            source = view(rows + k * stride, width, np.float32)
+            for i in range(width):
+                target[i] += share[k] * source[i]
 
 
 @compiled
