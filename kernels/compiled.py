@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import math
 import os
 import tempfile
@@ -61,10 +60,14 @@ def cache_folder() -> Path:
 
 
 def cache_file(rung: Rung) -> Path:
-    """The rung's object file, named by all that its content depends on."""
+    """The rung's object file, named by all that its content depends on.
+
+    Numba's version is not among it: Numba pins llvmlite's, and reading it takes 15 ms at every start.
+    """
+    import llvmlite
     from llvmlite import binding
 
-    facts = [rung.name, binding.get_process_triple(), *map(importlib.metadata.version, ("llvmlite", "numba"))]
+    facts = [rung.name, binding.get_process_triple(), llvmlite.__version__]
     digest = hashlib.sha256("\n".join(facts).encode())
     here = Path(__file__).parent
     for source in sorted([*here.glob("jit/*.py"), *(here / f"{name}.py" for name in ("blocks", "elementwise", "isa"))]):
