@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import minilpt
+from benchmarks import report
 from minilpt import cli, evaluate, tasks
 from minilpt.weights.recipes import model_card
 from minilpt.weights.resolve import DEFAULT, MODELS, bundled_names
@@ -74,6 +75,19 @@ def test_the_readme_s_example_prints_what_it_shows(capsys: pytest.CaptureFixture
 
 def test_the_readme_s_table_holds_the_results() -> None:
     assert model_card.results_table(RESULTS) in README
+
+
+def test_the_readme_s_ratios_are_those_of_the_peers_benchmark() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text(encoding="utf-8"))
+    assert report.summary(results) in README
+    assert report.latency_summary(results) in README
+
+
+def test_the_readme_s_words_on_long_texts_follow_from_the_results() -> None:
+    """A third of the counted FLOPs removed, about half a point fewer right."""
+    found = json.loads((FOLDER / "results-imdb.json").read_text(encoding="utf-8"))["variants"]
+    assert 0.28 < 1 - found["pruned"]["relative_flops_counted"] < 0.38
+    assert 0.4 < found["dense"]["accuracy"] - found["pruned"]["accuracy"] < 0.7
 
 
 def test_the_stored_file_has_the_accuracy_and_the_flops_of_its_card(shared: Path) -> None:
