@@ -3,7 +3,7 @@
     python -m benchmarks.score_ablation --work WORK --tasks mrpc rte     # after study_data and study_train
 
 Each variant is searched by `minilpt.calibrate` on the same unlabelled texts and judged on the same held-out half: mean
-divergence from the dense model at the same share of its counted FLOPs. The engine here is NumPy's with other scores.
+divergence from the dense model at the same share of its counted FLOPs. Other scores than minilpt's run on NumPy.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import argparse
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
 import minilpt
-from minilpt import backends, ragged
+from minilpt import backends, calibration, ragged
 from minilpt.evaluate import machine
 from minilpt.numpy_engine import NumpyEngine
 from minilpt.reference import merge_removed
@@ -46,7 +47,7 @@ Float32 = NDArray[np.float32]
 class Variant(NumpyEngine):
     """The NumPy engine with another score, scaled to mean 1 over the live tokens; not safe to share between threads."""
 
-    kind = "received"
+    kind = "first token"
 
     def run(self, batch: ragged.TokenBatch, *, trace: bool = False) -> Any:
         self._earlier: list[Float32] = []
@@ -67,7 +68,7 @@ class Variant(NumpyEngine):
                 score = (score + layer * self._earlier[b]) / (layer + 1)
             everything = np.ones(end - begin, dtype=bool)
             kept = rows = everything if rule is None else rule.keep(score, layer, int(n_initial[b]))
-            if self.kind != "not merged" and not kept.all():
+            if rule is not None and rule.merge_removed and not kept.all():
                 x[begin:end], probs, rows = merge_removed(x[begin:end], probs, score, kept)
             context.append(self._context(probs[:, rows], v))
             scores.append(score)
@@ -96,6 +97,8 @@ class Variant(NumpyEngine):
 def variant(folder: Path, kind: str) -> minilpt.Classifier:
     """The model in `folder` on an engine with this score."""
     model = minilpt.load(folder, pruning=None)
+    if kind in ("received", "not merged"):
+        return model
     weights = checkpoint.load_weights(folder, model.config)
     engine = Variant(model.config, weights, None, backends.Backend("numpy", "cpu", "fp32", 1))
     engine.kind = kind
@@ -106,7 +109,8 @@ def frontier(work: Path, task: str, kind: str) -> list[dict[str, float | None]]:
     """Held-out divergence and agreement at each of the shares."""
     examples = read_examples(work / task / "calibrate.jsonl", TASKS[SOURCES[task].task])
     texts = [each.text for each in examples][:TEXTS]
-    found = minilpt.calibrate(variant(work / task / "plain", kind), texts, flops_ratio=min(RATIOS))
+    with mock.patch.dict(calibration.RULE, merge_removed=kind != "not merged"):
+        found = minilpt.calibrate(variant(work / task / "plain", kind), texts, flops_ratio=min(RATIOS))
     points = [next(point for point in found.frontier if point.flops_ratio <= ratio) for ratio in RATIOS]
     return [{"counted": p.flops_ratio, "kl": p.kl, "agreement": p.agreement} for p in points]
 

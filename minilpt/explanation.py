@@ -124,13 +124,12 @@ h1 {{ font-size: 1.5rem; margin: 0; }}
 .facts, .legend, .special {{ font-size: .85rem; }}
 .facts {{ opacity: .75; }}
 .text {{ font-size: 1.25rem; line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.t {{ position: relative; border-radius: .2em; }}
-.t {{ color: color-mix(in srgb, var(--ink) calc(var(--o) * 100%), transparent); }}
+.t {{ border-radius: .2em; color: color-mix(in srgb, var(--ink) calc(var(--o) * 100%), transparent); }}
 .t.kept {{ color: var(--ink); background: var(--mark); font-weight: 600; padding: .1em .05em; }}
 .t[data-tip] {{ cursor: help; }}
 .t[data-tip]:is(:hover, :focus)::after {{
-  content: attr(data-tip); position: absolute; left: 0; top: 1.6em; z-index: 1; width: max-content; max-width: 20rem;
-  font: 400 .8rem/1.4 system-ui, sans-serif; white-space: normal; padding: .5em .7em; border-radius: .4em;
+  content: attr(data-tip); position: fixed; left: 1rem; right: 1rem; bottom: 1rem; z-index: 1; max-width: 44rem;
+  font: 400 .9rem/1.4 system-ui, sans-serif; white-space: normal; padding: .5em .7em; border-radius: .4em;
   color: #fff; background: #24292f; box-shadow: 0 2px 8px #0006;
 }}
 </style>
