@@ -103,3 +103,15 @@ def test_the_report_shows_points_lost_and_draws(tmp_path: Path) -> None:
     text = (tmp_path / "study.md").read_text()
     assert "| rte | calibrated, no training | 2.04 x | 1.82 x | 1.70 (1.60 to 1.80) |" in text
     assert (tmp_path / "study.svg").read_text().startswith("<?xml")
+
+
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "calibration.md").read_text(encoding="utf-8")
+RESULTS = Path(pruning_study.__file__).parent / "results"
+
+
+def test_the_tables_of_the_docs_come_out_of_the_results() -> None:
+    ablation = json.loads((RESULTS / "score_ablation.json").read_text(encoding="utf-8"))
+    assert score_ablation.report(ablation) in DOCS
+    study = json.loads((RESULTS / "pruning_study.json").read_text(encoding="utf-8"))
+    assert study_report.summary(study) in DOCS
+    assert study_report.details(study) in DOCS
