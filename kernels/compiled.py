@@ -250,7 +250,7 @@ def attention_context(probs: Float32, v: Float32) -> Float32:
 def merged_row(rows: Float32, share: Float32) -> Float32:
     """The sum of rows times their shares: (K,) from rows (n, K) and share (n,), float32, in the order of the rows."""
     first, copied = int(np.argmax(share != 0)), np.array(rows, np.float32, order="C")
-    share = np.ascontiguousarray(share)
+    share = np.ascontiguousarray(share, np.float32)
     places = (copied.ctypes.data, copied.strides[0], copied.shape[1], share.ctypes.data, len(share), first)
     run(blocks.RUN_MERGE, *places)
     return copied[first]

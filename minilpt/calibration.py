@@ -1,7 +1,7 @@
 """Thresholds for a model's own texts, without gradients and, unless a target asks for them, without labels.
 
 One half of the texts serves the search (`threshold_search`); the other half, which the search never sees, tells what
-the thresholds that it found cost. A text's half depends on the text and the seed alone, so order changes nothing.
+the thresholds that it found cost. The halves depend on the set of texts and the seed, not on their order.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import datetime
 import hashlib
 import json
 import math
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -122,7 +125,7 @@ def calibrate(
     search, and what was found until then is returned with a warning. Raises CalibrationError for too few texts and for
     targets that contradict each other or are out of reach, InputError for texts or labels that are none.
     """
-    _check_targets(flops_ratio, agreement, max_drop, labels)
+    _check_targets(model.config, flops_ratio, agreement, max_drop, labels, seed, max_texts)
     items = text_items(texts)
     wanted = None if max_drop is None or labels is None else _gold(labels, model.config, len(items))
     search_half, held_out = (_Half(model, *half) for half in _halves(items, wanted, seed, max_texts))
@@ -131,9 +134,15 @@ def calibrate(
     lowest = LOWEST_RATIO if flops_ratio is None else min(LOWEST_RATIO, flops_ratio - 2 * threshold_search.STEP)
     found, interrupted = [last], False
     draw = np.random.default_rng(seed)
-    with _Progress(model.config.layers, lowest, progress) as bar:
+    with _Progress(model.config.layers, lowest, progress) as bar, _between_runs() as stop:
+
+        def seen(trial: Measured) -> None:
+            bar.tried(trial)
+            if stop.is_set():
+                raise KeyboardInterrupt
+
         try:
-            for point in threshold_search.search(search_half, last, lowest, draw, bar.tried):
+            for point in threshold_search.search(search_half, last, lowest, draw, seen):
                 found.append(point)
         except KeyboardInterrupt:
             interrupted = True
@@ -158,7 +167,13 @@ def calibrate(
 
 
 def _check_targets(
-    flops_ratio: float | None, agreement: float | None, max_drop: float | None, labels: Sequence[Any] | None
+    config: ModelConfig,
+    flops_ratio: float | None,
+    agreement: float | None,
+    max_drop: float | None,
+    labels: Sequence[Any] | None,
+    seed: int,
+    max_texts: int,
 ) -> None:
     limits = {"flops_ratio": (flops_ratio, 1.0), "agreement": (agreement, 1.0), "max_drop": (max_drop, 100.0)}
     if flops_ratio is None and agreement is None and max_drop is None:
@@ -166,6 +181,14 @@ def _check_targets(
     for name, (value, most) in limits.items():
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= most):
             raise CalibrationError(f"{name} must be a number from 0 to {most:g}, found {value!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise CalibrationError(f"seed must be an integer of 0 or more, found {seed!r}")
+    if max_texts < FEWEST_TEXTS:
+        raise CalibrationError(f"max_texts must be {FEWEST_TEXTS} at least, found {max_texts!r}")
+    if agreement is not None and config.problem_type == "regression":
+        raise CalibrationError("agreement is not defined for regression; use flops_ratio, or max_drop with labels")
+    if max_drop is not None and len(config.labels) != 1 and config.problem_type == "regression":
+        raise CalibrationError(f"max_drop needs one output for regression; the model has {len(config.labels)}")
     if max_drop is not None and labels is None:
         raise CalibrationError("max_drop needs labels, one for each text")
     if labels is not None and max_drop is None:
@@ -247,7 +270,7 @@ def _chosen(
     while good < len(frontier) and _is_good(frontier[good], frontier[0], agreement, max_drop):
         good += 1
     if not good:
-        raise CalibrationError("agreement is not defined for regression; use flops_ratio, or max_drop with labels")
+        raise CalibrationError("the metric is undefined on the held-out half: its labels are all the same")
     if flops_ratio is None or (interrupted and frontier[-1].flops_ratio > flops_ratio):
         return frontier[good - 1]
     cheap = [number for number, point in enumerate(frontier) if point.flops_ratio <= flops_ratio]
@@ -359,6 +382,20 @@ class _Half:
             float(2 * (forward[layer:].sum() + attention[layer + 1 :].sum()) / n_f[layer].sum() / self._counted)
             for layer in range(self._config.layers)
         ]
+
+
+@contextmanager
+def _between_runs() -> Iterator[Event]:
+    """Ctrl-C sets the event that this gives, so that it ends the search after a run and never breaks into one."""
+    event = Event()
+    if current_thread() is not main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Progress:

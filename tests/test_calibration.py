@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def test_an_interrupted_search_returns_what_it_found(
 
     def stopping(self: Any, thresholds: Any) -> Any:
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C does, in the middle of a run
         return measure(self, thresholds)
 
     monkeypatch.setattr(calibration._Half, "measure", stopping)
@@ -220,6 +221,8 @@ def test_an_interrupted_search_returns_what_it_found(
         ({"agreement": 0.9, "labels": [0] * 120}, "labels serve max_drop only"),
         ({"flops_ratio": 0.01}, r"flops_ratio 0.01 is out of reach: the cheapest thresholds found need 0\.\d+"),
         ({"flops_ratio": 0.35, "agreement": 1.0}, "the targets contradict each other"),
+        ({"flops_ratio": 0.5, "seed": -1}, "seed must be an integer of 0 or more, found -1"),
+        ({"flops_ratio": 0.5, "max_texts": 10}, "max_texts must be 16 at least, found 10"),
     ],
 )
 def test_targets_that_cannot_be_met(model: minilpt.Classifier, options: Any, message: str) -> None:

@@ -263,7 +263,7 @@ class Trainer:
         self.params = trained
         self.log(stage="hard", step=step, **{self.options.select.replace("-", "_"): found})
         total = sum(measured[self.task.metrics[0]] for measured in found.values())
-        if total <= best["sum"]:
+        if "average" in best and not total > best["sum"]:  # NaN, of constant answers, never wins
             return best
         average = {name: tensor.clone() for name, tensor in self.average.items()}
         return {"sum": total, "step": step, "thresholds": self.thresholds, "average": average}
