@@ -211,6 +211,8 @@ def _gold(labels: Sequence[Any], config: ModelConfig, texts: int) -> Float64:
         except (KeyError, TypeError, ValueError):
             wanted = "a number" if regression else f"one of {', '.join([*config.labels, *numbers])}"
             raise InputError(f"label {place} must be {wanted}, found {label!r:.80}") from None
+    if not np.isfinite(values).all():
+        raise InputError(f"label {int(np.argmin(np.isfinite(values)))} must be a finite number")
     return np.array(values)
 
 
@@ -219,8 +221,11 @@ def _halves(
 ) -> Iterator[tuple[list[TextOrPair], Float64 | None]]:
     """The distinct texts, at most so many, in an order that only they and the seed decide; every other one first."""
     keys = [hashlib.blake2b(repr((seed, item)).encode("utf-8", "surrogatepass")).digest() for item in items]
-    values = np.zeros(len(items)) if gold is None else gold
-    distinct = {(key, value): place for place, (key, value) in enumerate(zip(keys, values.tolist(), strict=True))}
+    distinct: dict[bytes, int] = {}
+    for place, key in enumerate(keys):
+        first = distinct.setdefault(key, place)
+        if gold is not None and gold[first] != gold[place]:
+            raise InputError(f"texts {first} and {place} are the same and have different labels; leave one out")
     order = [distinct[key] for key in sorted(distinct)][:most]
     if len(order) < FEWEST_TEXTS:
         raise CalibrationError(

@@ -146,6 +146,11 @@ def test_labels_are_class_names_or_numbers_of_the_model(model: minilpt.Classifie
         calibration._gold([0], model.config, 2)
 
 
+def test_one_text_has_one_label(model: minilpt.Classifier) -> None:
+    with pytest.raises(InputError, match="texts 3 and 120 are the same and have different labels"):
+        minilpt.calibrate(model, [*TEXTS, TEXTS[3]], max_drop=1, labels=[0] * 120 + [1])
+
+
 def test_regression_is_measured_by_correlation(regression: minilpt.Classifier) -> None:
     values = regression.with_pruning(None).logits(TEXTS)[:, 0].tolist()
     chosen = minilpt.calibrate(regression, TEXTS, max_drop=1, labels=values)
@@ -153,6 +158,8 @@ def test_regression_is_measured_by_correlation(regression: minilpt.Classifier) -
     assert chosen.chosen.metric is not None
     assert chosen.chosen.metric >= 99
     assert chosen.chosen.agreement is None
+    with pytest.raises(InputError, match="label 1 must be a finite number"):
+        minilpt.calibrate(regression, TEXTS, max_drop=1, labels=[1.0, float("nan"), *values[2:]])
     with pytest.raises(CalibrationError, match="agreement is not defined for regression"):
         minilpt.calibrate(regression, TEXTS, agreement=0.9)
 
