@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if importlib.util.find_spec(ENGINES[name].package) is None:
             bench.skip(name, EngineError(f"{ENGINES[name].package} is not installed"))
     results = {"machine": machine(), "options": _recorded(options), "left_out": bench.skipped, "shapes": {}}
-    if options.add:
+    if options.add and options.out.is_file():
         results = _continued(results, options.out)
     before, began = results.get("minutes", 0.0), time.monotonic()
 
@@ -95,7 +95,7 @@ def _continued(results: dict[str, Any], path: Path) -> dict[str, Any]:
     for part, name in [*same, ("options", "rounds"), ("options", "threads"), ("options", "sequences")]:
         if found[part][name] != results[part][name]:
             sys.exit(f"{path}: {name} was {found[part][name]}, now it is {results[part][name]}; leave out --add")
-    return dict(found)
+    return dict(found) | {"left_out": results["left_out"]}
 
 
 def _cases(work: Path, results: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import minilpt
-from minilpt import calibration, pruning
+from minilpt import pruning
 from minilpt.evaluate import METRICS, machine
 from minilpt.tasks import TASKS, Example, Task, gold, read_examples
 
@@ -59,19 +59,18 @@ class Measured:
             logits[rows] = found.logits
             counted += int(found.counted_flops.sum())
             dense += int(found.dense_flops.sum())
-            last_row = found.ffn_lengths.copy()
-            last_row[-1] = 1
-            executed += int(
-                pruning.executed_flops(model.config, found.attention_lengths, last_row, first_row_only=True).sum()
-            )
-            whole = np.broadcast_to(found.attention_lengths[0], last_row.shape).copy()
-            whole_last = whole.copy()
-            whole_last[-1] = 1
-            dense_executed += int(pruning.executed_flops(model.config, whole, whole_last, first_row_only=True).sum())
+            whole = np.broadcast_to(found.attention_lengths[0], found.ffn_lengths.shape)
+            executed += _executed(model, found.attention_lengths, found.ffn_lengths)
+            dense_executed += _executed(model, whole, whole)
         regression = model.config.problem_type == "regression"
         self.answers = logits[:, 0].astype(np.float64) if regression else logits.argmax(axis=1).astype(np.float64)
         self.counted, self.executed = counted / dense, executed / dense_executed
         self.gflops = counted / len(ids) / 1e9
+
+
+def _executed(model: minilpt.Classifier, n_attention: Any, n_ffn: Any) -> int:
+    """FLOPs that `predict` runs."""
+    return int(pruning.executed_flops(model.config, n_attention, n_ffn, first_row_only=True).sum())
 
 
 def met(share: float, low: float, high: float, rule: Callable[[float], Rule], counted: Callable[[Rule], float]) -> Rule:
@@ -96,14 +95,14 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
     found = minilpt.calibrate(plain, unlabelled, flops_ratio=min(RATIOS))
     seconds = time.perf_counter() - began
     say(f"{name}: calibrated in {seconds:.0f} s")
-    layers, limit = plain.config.layers, 64
     stored = learned.pruning
     assert stored is not None
-    z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": limit}
+    z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": 64}
 
     def calibrated(share: float) -> Rule:
         points = [point for point in found.frontier if point.flops_ratio <= share]
-        return calibration.RULE | {"thresholds": points[0].thresholds} if points else None
+        rule = {key: value for key, value in found.pruning.items() if key not in ("frontier", "provenance")}
+        return rule | {"thresholds": points[0].thresholds} if points else None
 
     def scaled(factor: float) -> Rule:
         return {"thresholds": [factor * value for value in stored.settings["thresholds"]]}
@@ -131,7 +130,7 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "texts": len(texts),
         "tokens": sum(map(len, plain.encode(texts)[0])) / len(texts),
-        "layers": layers,
+        "layers": plain.config.layers,
         "calibration": {"texts": len(unlabelled), "seconds": seconds},
         "dense": {kind: _scores(each, task, wanted) | {"gflops": each.gflops} for kind, each in dense.items()},
         "points": {},

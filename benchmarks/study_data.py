@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from minilpt import records
-from minilpt.tasks import TASKS
+from minilpt.tasks import TASKS, Task, example
 
 from . import files
 
 Row = Mapping[str, Any]
 CALIBRATION_ROWS = 512  # or a tenth of the training rows
-NLI = ("entailment", "neutral", "contradiction")
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,10 @@ def write(data: Path, work: Path, name: str) -> None:
     train = sorted(train, key=_key)[: source.limit]
     left = min(CALIBRATION_ROWS, len(train) // 10)
     task = TASKS[source.task]
-    columns = [column for column in (task.text, task.pair, task.label) if column]
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     for part, chosen in (("train", train[left:]), ("calibrate", train[:left]), ("dev", dev)):
-        lines = [json.dumps({column: row[column] for column in columns}, ensure_ascii=False) for row in chosen]
+        lines = [json.dumps(_columns(row, task), ensure_ascii=False) for row in chosen]
         files.write_text(folder / f"{part}.jsonl", "\n".join(lines) + "\n")
 
 
@@ -89,14 +87,15 @@ def _rows(path: Path) -> Iterator[Row]:
     with opener(path, "rt", encoding="utf-8", newline="") as lines:
         kind = records.format_of(path.name.removesuffix(".gz"))
         for _, row in records.rows(lines, kind, path.name):
-            yield _named(row)
+            yield row
 
 
-def _named(row: Row) -> Row:
-    """The rows of the counterfactual set with MNLI's columns; all others as they are."""
-    if "gold_label" in row:
-        return {"premise": row["sentence1"], "hypothesis": row["sentence2"], "label": NLI.index(row["gold_label"])}
-    return row
+def _columns(row: Row, task: Task) -> Row:
+    """The row's text, or its pair, and its label, under the task's own names."""
+    found = example("a row", row, task)
+    texts = [found.text] if isinstance(found.text, str) else found.text
+    columns = [column for column in (task.text, task.pair) if column]
+    return dict(zip(columns, texts, strict=True)) | {task.label: found.label}
 
 
 def _key(row: Row) -> bytes:

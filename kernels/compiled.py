@@ -60,9 +60,10 @@ def cache_folder() -> Path:
 
 
 def cache_file(rung: Rung) -> Path:
-    """The rung's object file, named by all that its content depends on.
+    """The rung's object file, named by the sources, the instruction set and llvmlite's version.
 
-    Numba's version is not among it: Numba pins llvmlite's, and reading it takes 15 ms at every start.
+    Numba's own version is left out: reading it takes 15 ms at every start, and each minor version of Numba needs a
+    llvmlite of its own. Between its patch releases an object file stays in use.
     """
     import llvmlite
     from llvmlite import binding

@@ -122,9 +122,12 @@ class Classifier:
         """Longest input in tokens, special tokens included; longer texts are cut and say so in `n_truncated`."""
         return self._text_encoder().max_tokens
 
-    def with_pruning(self, pruning: str | Path | Mapping[str, Any] | None) -> Classifier:
-        """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is."""
-        chosen = _pruning(self.folder, self.config, pruning)
+    def with_pruning(self, pruning: str | Path | Mapping[str, Any] | Pruning | None) -> Classifier:
+        """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is.
+
+        A `Pruning`, as another model of the same shape has it, is taken as it is, and no file is read.
+        """
+        chosen = pruning if isinstance(pruning, Pruning) else _pruning(self.folder, self.config, pruning)
         engine = self._engine.with_rule(chosen.rule if chosen else None)
         return Classifier(self.folder, self.config, engine, chosen, self._encoder)
 
@@ -133,9 +136,10 @@ class Classifier:
         if not isinstance(flops_ratio, (int, float)) or not 0 <= flops_ratio <= 1:
             raise PruningError(f"flops_ratio must be a number from 0 to 1, found {flops_ratio!r}")
         if self.pruning is None:
-            raise PruningError("flops_ratio moves along the frontier of an ltp.json, and this model is not pruned")
-        chosen = self.pruning.at(flops_ratio)
-        return Classifier(self.folder, self.config, self._engine.with_rule(chosen.rule), chosen, self._encoder)
+            raise PruningError(
+                "flops_ratio moves along the frontier of an ltp.json; this model is not pruned: run minilpt calibrate"
+            )
+        return self.with_pruning(self.pruning.at(flops_ratio))
 
     def predict(
         self,

@@ -40,8 +40,8 @@ FEW_TEXTS = 100  # below it, with a warning
 MOST_TEXTS = 1000  # of more, a sample
 LOWEST_RATIO = 0.3  # how far the frontier reaches, unless a target lies lower
 CONFIDENCE = 0.95  # of the lower bound on agreement
-# The thresholds bound the attention mass itself, whose mean is 1 at any length; removed tokens go on as one.
-RULE = {"rule": "threshold", "score_denominator": 1, "denominator_limit": None, "merge_removed": True}
+# The thresholds bound the attention mass itself, whose mean is 1 at any length.
+RULE = {"rule": "threshold", "score_denominator": 1, "denominator_limit": None}
 METHOD = "searched without gradients for the least divergence from the dense model (minilpt calibrate)"
 
 
@@ -69,11 +69,13 @@ class Point:
 class Calibration:
     """What `calibrate` found. frontier: from dense to few FLOPs; chosen: the point that the targets ask for.
 
-    provenance: texts, targets, seed, date. interrupted: whether Ctrl-C ended the search early.
+    merge_removed: whether removed tokens go on as one. provenance: texts, targets, seed, date. interrupted: whether
+    Ctrl-C ended the search early.
     """
 
     frontier: tuple[Point, ...]
     chosen: Point
+    merge_removed: bool
     provenance: Mapping[str, Any]
     interrupted: bool = False
 
@@ -83,6 +85,7 @@ class Calibration:
         return {
             "schema_version": pruning.SCHEMA_VERSION,
             **RULE,
+            "merge_removed": self.merge_removed,
             "thresholds": list(self.chosen.thresholds),
             "frontier": [asdict(point) for point in self.frontier],
             "method": METHOD,
@@ -111,6 +114,7 @@ def calibrate(
     labels: Sequence[Any] | None = None,
     seed: int = 0,
     max_texts: int = MOST_TEXTS,
+    merge_removed: bool = True,
     progress: bool = False,
 ) -> Calibration:
     """Search for per-layer thresholds on unlabelled texts; the model and its own pruning stay as they are.
@@ -121,14 +125,15 @@ def calibrate(
     flops_ratio the point that spends the most within it is chosen, else the one that spends the least.
 
     texts: as `Classifier.predict` takes them, each counted once; some hundred from where the model will be used, and of
-    more than max_texts a sample. seed decides the sample, the halves and the search's random moves. Ctrl-C ends the
-    search, and what was found until then is returned with a warning. Raises CalibrationError for too few texts and for
-    targets that contradict each other or are out of reach, InputError for texts or labels that are none.
+    more than max_texts a sample. seed decides the sample, the halves and the search's random moves. merge_removed: the
+    tokens that a layer removes go on as one; False is the paper's rule. Ctrl-C ends the search, and what was found
+    until then is returned with a warning. Raises CalibrationError for too few texts and for targets that contradict
+    each other or are out of reach, InputError for texts or labels that are none.
     """
     _check_targets(model.config, flops_ratio, agreement, max_drop, labels, seed, max_texts)
     items = text_items(texts)
     wanted = None if max_drop is None or labels is None else _gold(labels, model.config, len(items))
-    search_half, held_out = (_Half(model, *half) for half in _halves(items, wanted, seed, max_texts))
+    search_half, held_out = (_Half(model, merge_removed, *half) for half in _halves(items, wanted, seed, max_texts))
     _warn_of_few(len(search_half) + len(held_out), search_half.truncated + held_out.truncated)
     last = search_half.start()
     lowest = LOWEST_RATIO if flops_ratio is None else min(LOWEST_RATIO, flops_ratio - 2 * threshold_search.STEP)
@@ -146,8 +151,8 @@ def calibrate(
                 found.append(point)
         except KeyboardInterrupt:
             interrupted = True
-    dense = Measured((0.0,) * model.config.layers, 1.0, 0.0)
-    frontier = _falling(held_out.point(each.thresholds) for each in [dense, *_undominated(found)])
+        dense = Measured((0.0,) * model.config.layers, 1.0, 0.0)
+        frontier = _falling(held_out.point(each.thresholds) for each in [dense, *_undominated(found)])
     targets = {"flops_ratio": flops_ratio, "agreement": agreement, "max_drop": max_drop}
     if interrupted:
         warnings.warn(
@@ -163,7 +168,8 @@ def calibrate(
         "targets": {name: value for name, value in targets.items() if value is not None},
         "seed": seed,
     }
-    return Calibration(frontier, _chosen(frontier, interrupted=interrupted, **targets), provenance, interrupted)
+    chosen = _chosen(frontier, interrupted=interrupted, **targets)
+    return Calibration(frontier, chosen, merge_removed, provenance, interrupted)
 
 
 def _check_targets(
@@ -197,17 +203,18 @@ def _check_targets(
 
 def _gold(labels: Sequence[Any], config: ModelConfig, texts: int) -> Float64:
     """Class numbers in the model's own order, or values for regression, (texts,) float64."""
-    if config.problem_type == "multi_label_classification":
-        raise CalibrationError("max_drop has no metric for multi-label models; use agreement or flops_ratio")
+    regression = config.problem_type == "regression"
+    if config.problem_type == "multi_label_classification" or (len(config.labels) == 1 and not regression):
+        raise CalibrationError("max_drop has no metric for independent labels; use agreement or flops_ratio")
     if len(labels) != texts:
         raise InputError(f"{texts} texts but {len(labels)} labels")
-    regression = config.problem_type == "regression"
     names = {name.lower(): float(number) for number, name in enumerate(config.labels)}
     numbers = {str(number): float(number) for number in range(len(config.labels))}
-    values = []
+    named = all(str(label).lower() in names for label in labels)  # else a number is a class's number, not its name
+    known, values = names if named else names | numbers, []
     for place, label in enumerate(labels):
         try:
-            values.append(float(label) if regression else (numbers | names)[str(label).lower()])
+            values.append(float(label) if regression else known[str(label).lower()])
         except (KeyError, TypeError, ValueError):
             wanted = "a number" if regression else f"one of {', '.join([*config.labels, *numbers])}"
             raise InputError(f"label {place} must be {wanted}, found {label!r:.80}") from None
@@ -304,14 +311,16 @@ def _is_good(point: Point, dense: Point, agreement: float | None, max_drop: floa
 class _Half:
     """Some of the texts under any thresholds: the `Objective` of the search, and the judge of what it finds."""
 
-    def __init__(self, model: Classifier, texts: list[TextOrPair], gold: Float64 | None):
+    def __init__(self, model: Classifier, merge_removed: bool, texts: list[TextOrPair], gold: Float64 | None):
         self._model, self._config, self._gold = model, model.config, gold
+        self._rule = RULE | {"merge_removed": merge_removed}
+        self._rows_of_last_layer = 1 + merge_removed  # that its rule leaves: the first token, and one for all others
         self._ids, self._segments = model.encode(texts)
-        dense = model.with_pruning(None)
-        self.truncated = sum(prediction.n_truncated > 0 for prediction in dense.predict(texts))
-        result = dense.forward(self._ids, self._segments)
-        self._logits = result.logits
-        self._executed, self._counted = result.executed_flops.sum(), result.dense_flops.sum()
+        dense = model.with_pruning(None).predict(texts)
+        self.truncated = sum(prediction.n_truncated > 0 for prediction in dense)
+        self._logits = np.array([prediction.logits for prediction in dense], np.float32)
+        self._executed = sum(prediction.executed_flops for prediction in dense)
+        self._counted = sum(prediction.dense_flops for prediction in dense)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -366,15 +375,15 @@ class _Half:
         )
 
     def _run(self, thresholds: Thresholds, trace: bool = False) -> Forward:
-        variant = self._model.with_pruning(RULE | {"thresholds": thresholds})
+        rule = pruning.parse(self._rule | {"thresholds": thresholds}, self._config.layers, "calibration")
+        variant = self._model.with_pruning(rule)
         return variant.forward(self._ids, self._segments, trace=trace)
 
     def _flops(self, result: Forward, thresholds: Thresholds) -> int:
-        """Counted FLOPs of an untraced run, whose last layer either has no rule or removes all but the first token."""
+        """Counted FLOPs of an untraced run, whose last layer has either no rule or that of `start`."""
         n_ffn = result.kept_tokens.copy()
         n_attention = np.concatenate([[[len(row) for row in self._ids]], n_ffn[:-1]])
-        first_and_rest = np.minimum(n_attention[-1], 2)
-        n_ffn[-1] = n_attention[-1] if thresholds[-1] == 0 else first_and_rest
+        n_ffn[-1] = n_attention[-1] if thresholds[-1] == 0 else np.minimum(n_attention[-1], self._rows_of_last_layer)
         return int(pruning.counted_flops(self._config, n_attention, n_ffn).sum())
 
     def _savings(self, n_attention: NDArray[np.int32], n_ffn: NDArray[np.int32]) -> list[float]:
@@ -391,12 +400,21 @@ class _Half:
 
 @contextmanager
 def _between_runs() -> Iterator[Event]:
-    """Ctrl-C sets the event that this gives, so that it ends the search after a run and never breaks into one."""
+    """Ctrl-C sets the event that this gives, so that it ends the search after a run and never breaks into one.
+
+    A second one acts as it always does.
+    """
     event = Event()
     if current_thread() is not main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, once)
     try:
         yield event
     finally:

@@ -28,7 +28,7 @@ from .kernels import compiled, isa
 from .pruning import FILE_NAME
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
-from .weights.resolve import DEFAULT, bundled_names
+from .weights.resolve import DEFAULT, bundled_names, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
@@ -263,12 +263,16 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _where_to_save(options: argparse.Namespace) -> Path:
-    """Known to be free before the search begins."""
+    """The file or folder, looked at before the search begins."""
+    folder = resolve(options.model)
     if options.out:
+        if not Path(options.out).parent.is_dir():
+            options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
-    folder = Path(options.model)
-    if not folder.is_dir() or (folder / FILE_NAME).exists():
-        options.usage_error(f"--out FILE is needed: {options.model} is a bundled model or has an {FILE_NAME} already")
+    if options.model in bundled_names():
+        options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
+    if (folder / FILE_NAME).exists():
+        options.usage_error(f"--out FILE is needed: {folder / FILE_NAME} is there already")
     return folder
 
 

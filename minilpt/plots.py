@@ -35,8 +35,10 @@ def frontier_plot(frontier: Sequence[Cost], chosen: Cost, path: Path) -> None:
         from matplotlib.figure import Figure  # without pyplot, so that no display is looked for
     except ImportError:
         raise DependencyError("charts need matplotlib: pip install 'minilpt[plot]'") from None
-    figure = Figure(figsize=(7, 6.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    kept = chosen.metric is not None or chosen.agreement is not None
+    figure = Figure(figsize=(7, 6.5 if kept else 3.5), layout="constrained")
+    axes = figure.subplots(1 + kept, 1, sharex=True, squeeze=False)[:, 0]
+    above, below = axes[0], axes[-1]
     ratios = [point.flops_ratio for point in frontier]
     if chosen.metric is not None:
         above.plot(ratios, [point.metric for point in frontier], "o-", markersize=3)
@@ -50,7 +52,7 @@ def frontier_plot(frontier: Sequence[Cost], chosen: Cost, path: Path) -> None:
     below.plot(ratios, [point.kl for point in frontier], "o-", markersize=3)
     below.set_ylabel("divergence from dense, nats")
     below.set_xlabel("counted FLOPs, share of the dense model's")
-    for axis in (above, below):
+    for axis in axes:
         axis.axvline(chosen.flops_ratio, color="tab:red", linewidth=1)
         axis.spines[["top", "right"]].set_visible(False)
     above.set_title(f"chosen: {chosen.flops_ratio:.2f} of the FLOPs", fontsize=10)

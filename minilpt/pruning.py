@@ -107,9 +107,16 @@ class Ramp(Threshold):
     """The paper's manual thresholds: final * layer / L, under the rule of `Threshold`."""
 
     @classmethod
-    def to(cls, final: float, layers: int, score_denominator: ScoreDenominator, *more: Any) -> Ramp:
-        """more: as `Threshold` takes them."""
-        return cls(tuple(final * layer / layers for layer in range(layers)), score_denominator, *more)
+    def to(
+        cls,
+        final: float,
+        layers: int,
+        score_denominator: ScoreDenominator,
+        limit: int = MOST_TOKENS,
+        merge_removed: bool = False,
+    ) -> Ramp:
+        thresholds = tuple(final * layer / layers for layer in range(layers))
+        return cls(thresholds, score_denominator, limit, merge_removed)
 
 
 @dataclass(frozen=True)
@@ -391,14 +398,14 @@ def executed_flops(
     """FLOPs of the matrix products that the engine really runs, (B,) int64; the same parts are left out.
 
     Queries that are about to be pruned stop after their scores, and with first_row_only the last layer computes one
-    query row (n_ffn is 1 there). MACs of a layer: 3 D^2 n_a + D n_a^2 (Q, K, V, scores), then D n_a n_f (P V), D^2 n_f
-    (output) and 2 D F n_f (feed-forward).
+    query row, whatever n_ffn says there. MACs of a layer: 3 D^2 n_a + D n_a^2 (Q, K, V, scores), then D n_a n_f (P V),
+    D^2 n_f (output) and 2 D F n_f (feed-forward).
     """
     D, F = config.width, config.inner
     n_a, n_f = n_attention.astype(np.int64), n_ffn.astype(np.int64)
     queries = n_a.copy()
     if first_row_only:
-        queries[-1] = 1
+        queries[-1] = n_f[-1] = 1
     attention = 2 * D * D * n_a + D * D * queries + D * queries * n_a
     rest = D * n_a * n_f + D * D * n_f + 2 * D * F * n_f
     return 2 * (attention + rest).sum(axis=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,12 +22,14 @@ def format_of(path: str) -> str:
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}.get(Path(path).suffix.lower(), "lines")
 
 
-def rows(lines: Iterable[str], kind: str, where: str) -> Iterator[tuple[str, Row]]:
+def rows(lines: Iterable[str], kind: str, where: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
     """(place, row) for every record; a plain line is the row {"text": line}. `where` names the file in messages.
 
-    lines: as `opened` reads them. Raises InputError with file and line for what cannot be read.
+    lines: as `opened` reads them. columns: of a CSV or TSV file whose first line names none of them. Raises InputError
+    with file and line for what cannot be read.
     """
-    yield from _ROWS[kind](_valid(lines, where), where)
+    valid = _valid(lines, where)
+    yield from _CELLS[kind](valid, where, columns) if kind in _CELLS else _ROWS[kind](valid, where)
 
 
 def opened(path: Path) -> TextIO:
@@ -91,28 +94,35 @@ def _jsonl(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
         yield place, row
 
 
-def _csv(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
-    return _cells(lines, where)
+def _csv(lines: Iterable[str], where: str, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    return _cells(lines, where, columns)
 
 
-def _tsv(lines: Iterable[str], where: str) -> Iterator[tuple[str, Row]]:
-    return _cells(lines, where, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tsv(lines: Iterable[str], where: str, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    return _cells(lines, where, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _cells(lines: Iterable[str], where: str, **dialect: Any) -> Iterator[tuple[str, Row]]:
-    """Rows of as many cells as the first line names columns; blank lines are left out."""
+def _cells(lines: Iterable[str], where: str, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[str, Row]]:
+    """Rows of as many cells as there are columns; blank lines are left out."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     reader = csv.reader(lines, strict=True, **dialect)
     try:
-        columns = next(reader, [])
-        for cells in reader:
+        first: list[str] = next(reader, [])
+        rest: Iterator[list[str]] = reader
+        named_by = "line 1 names"
+        if columns and not set(columns) & set(first):
+            rest, named_by = chain([first], reader), "the task has"
+        else:
+            columns = first
+        for cells in rest:
             place = f"{where}, line {reader.line_num}"
             if cells and len(cells) != len(columns):
-                raise InputError(f"{place}: {len(cells)} cells, but line 1 names {len(columns)} columns")
+                raise InputError(f"{place}: {len(cells)} cells, but {named_by} {len(columns)} columns")
             if cells:
                 yield place, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise InputError(f"{where}, line {reader.line_num}: {error}") from None
 
 
-_ROWS = {"lines": _lines, "jsonl": _jsonl, "csv": _csv, "tsv": _tsv}
+_ROWS = {"lines": _lines, "jsonl": _jsonl}
+_CELLS = {"csv": _csv, "tsv": _tsv}

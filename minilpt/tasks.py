@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +99,16 @@ def dev_file(data: Path, task: Task) -> Path:
 
 def read_examples(path: Path, task: Task) -> list[Example]:
     """All rows of a TSV, CSV or JSONL file with the task's columns. Raises InputError naming the line at fault."""
-    kind = records.format_of(path.name)
     with records.opened(path) as file:
-        lines: Iterable[str] = file
-        if task.header and kind == "tsv":
-            first = next(iter(file), "")
-            named = task.text in first.rstrip("\r\n").split("\t")
-            lines = chain([first] if named else ["\t".join(task.header) + "\n", first], file)
-        found = []
-        for place, row in records.rows(lines, kind, str(path)):
-            columns = {**{task.other_names.get(name, name): value for name, value in row.items()}, **row}
-            text = records.text_of(place, columns, task.text, task.pair)
-            found.append(Example(text, records.value_of(place, columns, task.label), place))
-        return found
+        rows = records.rows(file, records.format_of(path.name), str(path), task.header)
+        return [example(place, row, task) for place, row in rows]
+
+
+def example(place: str, row: records.Row, task: Task) -> Example:
+    """What a row of one of the task's files holds. Raises InputError if a column is missing or holds no text."""
+    columns = {**{task.other_names.get(name, name): value for name, value in row.items()}, **row}
+    text = records.text_of(place, columns, task.text, task.pair)
+    return Example(text, records.value_of(place, columns, task.label), place)
 
 
 def gold(examples: Sequence[Example], task: Task, classes: Sequence[str]) -> Values:

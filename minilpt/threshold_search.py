@@ -64,14 +64,14 @@ def search(
     seen: called with the result of every trial.
     """
 
-    def tried(thresholds: Thresholds) -> Measured:
-        found = objective.measure(thresholds)
+    def tried(here: Measured, savings: dict[int, float]) -> Measured:
+        found = objective.measure(_moved(here.thresholds, layers, savings))
         seen(found)
         return found
 
     here, layers = start, objective.live(start.thresholds)
     while here.flops_ratio > floor:
-        trials = [tried(_moved(here.thresholds, layers, {layer: STEP})) for layer in range(len(layers))]
+        trials = [tried(here, {layer: STEP}) for layer, live in enumerate(layers) if _removable(live).any()]
         trials = [trial for trial in trials if trial.flops_ratio < here.flops_ratio]
         if not trials:
             return
@@ -80,10 +80,17 @@ def search(
         for _ in range(EXCHANGES if len(layers) > 1 else 0):
             more, less = draw.choice(len(layers), 2, replace=False)
             size = STEP * draw.uniform(0.3, 2)
-            trial = tried(_moved(here.thresholds, layers, {more: size, less: -size}))
+            if not _removable(layers[more]).any():
+                continue
+            trial = tried(here, {more: size, less: -size})
             if trial.flops_ratio <= here.flops_ratio and trial.divergence < here.divergence:
                 here, layers = trial, objective.live(trial.thresholds)
         yield here
+
+
+def _removable(live: Live) -> NDArray[np.bool_]:
+    """Tokens that the layer keeps and need not, (N,)."""
+    return live.kept & ~live.pinned
 
 
 def _slope(here: Measured, there: Measured) -> float:
@@ -102,10 +109,10 @@ def _moved(thresholds: Thresholds, layers: list[Live], savings: dict[int, float]
 
 
 def _tighter(live: Live, tokens: int) -> float:
-    """The threshold that also removes the `tokens` lowest of the kept scores."""
-    scores = np.sort(live.scores[live.kept & ~live.pinned]).astype(np.float64)
+    """The threshold that also removes the `tokens` lowest of the kept scores, of which there is at least one."""
+    scores = np.sort(live.scores[_removable(live)]).astype(np.float64)
     if tokens >= len(scores):
-        return float(scores.max(initial=0.0) * 1.01)
+        return float(scores[-1] * 1.01)
     return float(scores[tokens - 1 : tokens + 1].mean())
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,24 @@ def test_the_frontier_begins_with_the_dense_model_and_falls(found: minilpt.Calib
     assert ratios[-1] < 0.35
 
 
-def test_the_search_gives_up_divergence_for_flops_only(model: minilpt.Classifier) -> None:
-    half = calibration._Half(model, TEXTS[:60], None)
+def test_the_search_beats_equal_thresholds_at_as_few_flops(model: minilpt.Classifier) -> None:
+    half = calibration._Half(model, True, TEXTS, None)
     draw = np.random.default_rng(0)
     steps = [*calibration.threshold_search.search(half, half.start(), 0.4, draw, lambda trial: None)]
-    kept = calibration._undominated(steps)
-    for before, after in pairwise(kept):
-        assert after.flops_ratio < before.flops_ratio
-        assert after.divergence > before.divergence
+    last = half.start().thresholds[-1]
+    for value in (0.6, 0.7, 0.8):
+        equal = half.measure((value,) * 3 + (last,))
+        assert equal.flops_ratio < 0.95
+        found = next((step for step in steps if step.flops_ratio <= equal.flops_ratio), steps[-1])
+        assert found.divergence < equal.divergence
+
+
+def test_a_point_that_a_cheaper_one_betters_or_equals_is_dropped() -> None:
+    def measured(ratio: float, divergence: float) -> calibration.Measured:
+        return calibration.Measured((ratio,), ratio, divergence)
+
+    found = [measured(0.9, 0.0), measured(0.8, 0.3), measured(0.7, 0.2), measured(0.6, 0.2), measured(0.5, 0.4)]
+    assert [point.flops_ratio for point in calibration._undominated(found)] == [0.9, 0.6, 0.5]
 
 
 def test_every_point_is_what_the_model_does_on_the_held_out_texts(
@@ -84,7 +96,7 @@ def test_every_point_is_what_the_model_does_on_the_held_out_texts(
     ids, segments = model.encode(texts)
     dense = model.predict(texts)
     for point in found.frontier[::5]:
-        pruned = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds})
+        pruned = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds, "merge_removed": True})
         traced, answers = pruned.forward(ids, segments, trace=True), pruned.predict(texts)
         assert traced.counted_flops is not None
         assert point.flops_ratio == traced.counted_flops.sum() / traced.dense_flops.sum()
@@ -138,6 +150,9 @@ def test_labels_decide_the_choice_and_never_the_search(model: minilpt.Classifier
 
 
 def test_labels_are_class_names_or_numbers_of_the_model(model: minilpt.Classifier) -> None:
+    numbers = replace(model.config, labels=("1", "2", "3"))
+    assert calibration._gold(["0", "2", "1"], numbers, 3).tolist() == [0, 2, 1]
+    assert calibration._gold(["1", "3", "2"], numbers, 3).tolist() == [0, 2, 1]
     named = calibration._gold(["class-2", "CLASS-0", 1, "1"], model.config, 4)
     assert named.tolist() == [2, 0, 1, 1]
     with pytest.raises(InputError, match=r"label 1 must be one of class-0, .*, found 'good'"):
@@ -182,7 +197,9 @@ def test_flops_ratio_moves_along_the_frontier(model: minilpt.Classifier, found: 
     pruned = model.with_pruning(found.pruning)
     for ratio in (0.9, 0.6, 0.4):
         point = next(point for point in found.frontier if point.flops_ratio <= ratio)
-        want = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds}).predict(TEXTS)
+        want = model.with_pruning(calibration.RULE | {"thresholds": point.thresholds, "merge_removed": True}).predict(
+            TEXTS
+        )
         assert pruned.predict(TEXTS, flops_ratio=ratio) == want
     np.testing.assert_array_equal(
         pruned.predict_proba(TEXTS, flops_ratio=1.0), model.with_pruning(None).predict_proba(TEXTS)
@@ -261,6 +278,34 @@ def test_a_model_of_one_layer_has_nothing_to_search(tmp_path: Path) -> None:
     found = minilpt.calibrate(model, TEXTS, flops_ratio=0.99)
     assert len(found.frontier) == 2
     np.testing.assert_array_equal(model.with_pruning(found.pruning).logits(TEXTS), model.logits(TEXTS))
+
+
+def test_independent_labels_are_sets_and_have_no_metric(tmp_path: Path) -> None:
+    content = checkpoints.config(problem_type="multi_label_classification")
+    model = minilpt.load(checkpoints.write_vocabulary(checkpoints.write(tmp_path / "model", content)))
+    found = minilpt.calibrate(model, TEXTS, agreement=0.8, progress=True)
+    texts = held_out()
+    dense, pruned = (each.logits(texts) > 0 for each in (model, model.with_pruning(found.pruning)))
+    assert found.chosen.agreement == (dense == pruned).all(axis=1).mean()
+    with pytest.raises(CalibrationError, match="no metric for independent labels"):
+        minilpt.calibrate(model, TEXTS, max_drop=1, labels=[0] * len(TEXTS))
+
+
+def test_what_the_folder_holds_is_not_read_again(folder: Path, tmp_path: Path) -> None:
+    """So that a damaged ltp.json can be calibrated anew."""
+    made = shutil.copytree(folder, tmp_path / "model")
+    model = minilpt.load(made)
+    (made / "ltp.json").write_text("{")
+    assert minilpt.calibrate(model, TEXTS, flops_ratio=0.8).chosen.flops_ratio <= 0.8
+
+
+def test_without_merging_removed_tokens_are_gone(model: minilpt.Classifier) -> None:
+    found = minilpt.calibrate(model, TEXTS, flops_ratio=0.6, merge_removed=False)
+    pruned, texts = model.with_pruning(found.pruning), held_out()
+    traced = pruned.forward(*model.encode(texts), trace=True)
+    assert traced.counted_flops is not None and traced.ffn_lengths is not None and traced.kept is not None
+    assert found.chosen.flops_ratio == traced.counted_flops.sum() / traced.dense_flops.sum()
+    assert [kept.sum() for kept in traced.kept] == traced.ffn_lengths.sum(axis=1).tolist()
 
 
 @pytest.mark.parametrize("labels", [3, 1])

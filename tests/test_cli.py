@@ -254,7 +254,11 @@ def test_calibrate_writes_the_folder_s_ltp_json_and_prints_the_frontier(run: Run
     assert json.loads(lines[0])["kept_tokens"] == [4, 4, 1]
     code, _, err = run("calibrate", plain, texts, "--flops-ratio", 0.6)
     assert code == 2
-    assert f"--out FILE is needed: {plain} is a bundled model or has an ltp.json already" in err
+    assert f"--out FILE is needed: {plain / 'ltp.json'} is there already" in err
+    code, _, err = run("calibrate", plain, texts, "--flops-ratio", 0.6, "--out", plain / "none" / "ltp.json")
+    assert (code, f"there is no folder {plain / 'none'}" in err) == (2, True)
+    code, _, err = run("calibrate", "my-modle", texts, "--flops-ratio", 0.6)
+    assert (code, "my-modle" in err) == (1, True)
     labelled = ["--max-drop", 50, "--labels", "gold", "--out", plain.parent / "labelled.json"]
     code, out, _ = run("calibrate", plain, texts, *labelled)
     assert code == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import minilpt
-from benchmarks import pruning_study, score_ablation, study_data, study_report
+from benchmarks import merge_ablation, pruning_study, study_data, study_report
 from minilpt.tasks import TASKS
 
 import checkpoints
@@ -57,14 +58,16 @@ def test_lost_points_are_paired() -> None:
     assert 3 < low < 10 < high < 17
 
 
-@pytest.mark.parametrize("kind", score_ablation.VARIANTS)
-def test_the_variants_are_the_same_dense_model(folder: Path, kind: str) -> None:
-    model, variant = minilpt.load(folder), score_ablation.variant(folder, kind)
-    np.testing.assert_allclose(variant.logits(TEXTS), model.logits(TEXTS), atol=1e-4)
-    ids = model.encode(TEXTS)
-    ours, theirs = (each.with_pruning(RULE).forward(*ids, trace=True) for each in (model, variant))
-    assert ours.ffn_lengths is not None and theirs.ffn_lengths is not None
-    assert np.array_equal(ours.ffn_lengths, theirs.ffn_lengths) == (kind in ("received", "not merged"))
+def test_both_frontiers_of_the_ablation_are_calibrated(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "rte" / "plain")
+    pairs = [("a film " + "good " * (at % 9), "not " * (at // 9)) for at in range(108)]
+    rows = [{"sentence1": first, "sentence2": second, "label": 0} for first, second in pairs]
+    (tmp_path / "rte" / "calibrate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    merged, gone = (merge_ablation.frontier(tmp_path, "rte", merge) for merge in (True, False))
+    assert [point["counted"] <= ratio for point, ratio in zip(gone, merge_ablation.RATIOS, strict=True)] == [True] * 4
+    assert merged != gone
+    found = {"tasks": {"rte": {"merged": [{"kl": 0.02}] * 4, "gone": [{"kl": 0.03}] * 4}}}
+    assert merge_ablation.report(found).splitlines()[-1].startswith("| rte | gone | 30.0 (1.50 x) |")
 
 
 def test_rows_are_split_once_and_for_all(tmp_path: Path) -> None:
@@ -109,9 +112,12 @@ DOCS = (Path(__file__).resolve().parents[1] / "docs" / "calibration.md").read_te
 RESULTS = Path(pruning_study.__file__).parent / "results"
 
 
-def test_the_tables_of_the_docs_come_out_of_the_results() -> None:
-    ablation = json.loads((RESULTS / "score_ablation.json").read_text(encoding="utf-8"))
-    assert score_ablation.report(ablation) in DOCS
+def test_the_docs_say_what_the_results_hold() -> None:
+    ablation = json.loads((RESULTS / "merge_ablation.json").read_text(encoding="utf-8"))
+    assert merge_ablation.report(ablation) in DOCS
     study = json.loads((RESULTS / "pruning_study.json").read_text(encoding="utf-8"))
     assert study_report.summary(study) in DOCS
     assert study_report.details(study) in DOCS
+    points = [point for task in study["tasks"].values() for point in task["points"]["calibrated"]]
+    for share in (0.526, 0.5):  # "missed on three of the four"
+        assert sum(point["difference"][0] > 1 for point in points if point["share"] == share) == 3

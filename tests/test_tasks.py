@@ -89,6 +89,12 @@ def test_glue_s_own_layouts_are_read(tmp_path: Path, task: str) -> None:
     assert dev_file(path, TASKS[task]) == path
 
 
+def test_a_fault_in_a_file_without_a_header_is_placed_right(tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text("gj04\t1\t\tIt sails.\ngj04\t1\tIt sails.\n")
+    with pytest.raises(InputError, match="line 2: 3 cells, but the task has 4 columns"):
+        read_examples(tmp_path / "dev.tsv", TASKS["cola"])
+
+
 def test_cola_with_a_header_is_read_by_it(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nIt sails.\t1\n")
     (example,) = read_examples(tmp_path / "dev.tsv", TASKS["cola"])
