@@ -20,7 +20,15 @@ import numpy as np
     RUN_CONTEXT,
     RUN_KEEP,
     RUN_MERGE,
-) = range(10)
+    RUN_INTEGER_FORWARD,
+    RUN_INTEGER_SUMS,
+    RUN_REQUANTIZE,
+    RUN_ADD_REQUANTIZED,
+    RUN_INTEGER_ACTIVATE,
+    RUN_INTEGER_NORM,
+    RUN_INTEGER_SOFTMAX,
+    RUN_INTEGER_KEEP,
+) = range(18)
 NONE, GELU, GELU_TANH, RELU, TANH = range(5)
 ACTIVATIONS = {"none": NONE, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "tanh": TANH}
 
@@ -54,10 +62,11 @@ KEEP_ALL, ABSOLUTE, RELATIVE, COUNT = range(4)
 INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself; limit: never more
 
 # Packed rows, and where the results go: logits (B, labels) float32, n_attention and n_ffn (L, B) int32. masses and kept
-# are 0, or a trace's (L, N) float32 and bool: each layer's live tokens come first in its row.
+# are 0, or a trace's (L, N) float32 and bool: each layer's live tokens come first in its row. Integer-only models give
+# int32 logits and int64 masses, and, unless `last` is 0, the 8-bit rows that the head reads, (B, D) int32.
 BATCH = _record(
-    "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits n_attention n_ffn masses"
-    " kept"
+    "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits last n_attention n_ffn"
+    " masses kept"
 )
 
 # Rows of activations: float32 at `floats` and, in an int8 model, quantised at `integers` with one factor each.
@@ -73,6 +82,56 @@ WORK = _record(
     context=ROWS,
     attended=ROWS,
     hidden=ROWS,
+)
+
+# Integer-only models; `kernels.integer` says what the numbers mean. Multipliers, shifts and LayerNorm's biases are
+# addresses of int32, i-GELU's b, c and one of int64. An 8-bit value lies in memory as the rung's products read it: an
+# item.
+DYADIC = _record("usual multiplier shift")
+# usual: whether the constants are such that the kernels of `jit.integer_vector` may be taken.
+INTEGER_NORM = _record("usual bias drop", output=DYADIC)
+EXP = _record("usual ln2 magic magic_shift b c multiplier shift")  # numbers, ln2 > 0; magic: `integer.reciprocal`
+# What becomes of sums: SUMS stay int32, all others end as items. again_multiplier: 0 for no second requantisation.
+ENDING = _record("kind usual b c one again_multiplier again_shift", output=DYADIC)
+SUMS, TO_8_BITS, TO_8_BITS_RELU, TO_8_BITS_GELU, TO_8_BITS_TANH = range(5)
+INTEGER_LAYER = _record(
+    "context_multiplier context_shift again_multiplier again_shift",
+    query_key_value=MATRIX,
+    query_key_value_end=ENDING,
+    exp=EXP,
+    attention_output=MATRIX,
+    attention_sum=DYADIC,
+    attention_residual=DYADIC,
+    attention_norm=INTEGER_NORM,
+    inner=MATRIX,
+    inner_end=ENDING,
+    outer=MATRIX,
+    outer_sum=DYADIC,
+    outer_residual=DYADIC,
+    outer_norm=INTEGER_NORM,
+)
+# Tables of int8 rows, factors by row. mass_mask: the bits of a wide probability that count as mass.
+INTEGER_MODEL = _record(
+    "width heads head_width layers labels mass_mask word position segment layer",
+    word_factor=DYADIC,
+    position_factor=DYADIC,
+    segment_factor=DYADIC,
+    embedding_norm=INTEGER_NORM,
+    head_dense=MATRIX,
+    head_dense_end=ENDING,
+    head_out=MATRIX,
+    logits=DYADIC,
+)
+# `minilpt.integer_rules.IntegerRule`: counts: address of (longest text + 1,) int32.
+INTEGER_RULE = _record("kind denominator limit lowest counts")
+# A relative threshold has 30 fractional bits, and masses, below 2^45 for 8,000 tokens, lose 14 bits before they are
+# multiplied by it; nothing that a mass is compared with is more than 2^62.
+MASS_DROP, RELATIVE_BITS, MOST_MASS = 14, 30, 2**62
+
+# Scratch memory of an integer-only batch: items in rows `..._stride` bytes apart, `room` for int32 sums.
+INTEGER_WORK = _record(
+    "chunk zeros barrier yield_core local local_bytes probs probs_bytes received received_bytes x first x_stride"
+    " context context_stride attended query_key_value query_key_value_stride hidden hidden_stride room room_stride"
 )
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: one object file, found in the cache or compiled once, and called through ctypes.
+"""The compiled kernels: an object file for each part, found in the cache or compiled once, and called through ctypes.
 
 Numba is needed to compile only; a process that finds the object file loads neither Numba nor a compiler. Calls release
 the GIL. The operations below have the names and arguments of `minilpt.reference`; the engine calls `run` itself.
@@ -25,7 +25,8 @@ from .isa import LANES, Rung, chosen
 Float32 = NDArray[np.float32]
 
 CACHE_VARIABLE = "MINILPT_CACHE_DIR"
-ENTRY = "minilpt_kernels"  # the object file's one function
+PARTS = ("float", "integer")  # "integer": of integer-only models, which the others never need
+ENTRY = "minilpt_kernels"  # an object file's one function
 ALIGNMENT = 64  # bytes of a cache line and of the widest vector
 DIGEST_BYTES = hashlib.sha256().digest_size
 _ALIVE: list[Any] = []
@@ -38,7 +39,7 @@ def run(operation: int, *arguments: int) -> None:
     block = np.array(arguments + (0,) * (10 - len(arguments)), np.int64)
     ignored = (ctypes.c_void_p * 2)()
     place = ctypes.addressof(ignored)
-    status = _entry()(place, place + 8, operation, block.ctypes.data)
+    status = _entry(part_of(operation))(place, place + 8, operation, block.ctypes.data)
     assert status == 0, f"operation {operation} ended with {status}"
 
 
@@ -59,8 +60,13 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "minilpt"
 
 
-def cache_file(rung: Rung) -> Path:
-    """The rung's object file, named by the sources, the instruction set and llvmlite's version.
+def part_of(operation: int) -> str:
+    """The part that has this operation of `blocks`."""
+    return "integer" if operation >= blocks.RUN_INTEGER_FORWARD else "float"
+
+
+def cache_file(rung: Rung, part: str = "float") -> Path:
+    """A part's object file for a rung, named by the sources, the instruction set and llvmlite's version.
 
     Numba's own version is left out: reading it takes 15 ms at every start, and each minor version of Numba needs a
     llvmlite of its own. Between its patch releases an object file stays in use.
@@ -71,23 +77,25 @@ def cache_file(rung: Rung) -> Path:
     facts = [rung.name, binding.get_process_triple(), llvmlite.__version__]
     digest = hashlib.sha256("\n".join(facts).encode())
     here = Path(__file__).parent
-    for source in sorted([*here.glob("jit/*.py"), *(here / f"{name}.py" for name in ("blocks", "elementwise", "isa"))]):
+    for source in sorted(
+        [*here.glob("jit/*.py"), *(here / f"{name}.py" for name in ("blocks", "elementwise", "integer", "isa"))]
+    ):
         digest.update(source.read_bytes())
-    return cache_folder() / f"kernels-{rung.name}-{digest.hexdigest()[:16]}.bin"
+    return cache_folder() / f"{part}-{rung.name}-{digest.hexdigest()[:16]}.bin"
 
 
-def warm_up() -> Path:
-    """Load the compiled kernels, compiling them if the cache has none for this rung. Returns the object file's path."""
-    _entry()
-    return cache_file(chosen())
+def warm_up(part: str = "float") -> Path:
+    """Load a part's kernels, compiling them if the cache has none for this rung. Returns the object file's path."""
+    _entry(part)
+    return cache_file(chosen(), part)
 
 
 @cache
-def _entry() -> Any:
-    """The compiled function."""
+def _entry(part: str) -> Any:
+    """The part's compiled function."""
     from llvmlite import binding
 
-    code = _object_file()
+    code = _object_file(part)
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(jit=True)
@@ -98,13 +106,13 @@ def _entry() -> Any:
     return _CALL(engine.get_function_address(ENTRY))
 
 
-def _object_file() -> bytes:
-    path = cache_file(chosen())
+def _object_file(part: str) -> bytes:
+    path = cache_file(chosen(), part)
     code = _read_whole(path)
     if code is None:
         from .jit.build import build
 
-        code = build()
+        code = build(part)
         try:
             _write_whole(path, code)
         except OSError as error:

@@ -54,15 +54,31 @@ def pack_int8(weight: NDArray[np.int8], scale: Float32, bias: Float32, rung: Run
     ValueError where K products could overflow an int32 sum.
     """
     M, K = weight.shape
-    P, G = -(-M // rung.columns), -(-K // rung.group)
     if K * LIMIT * 255 >= 2**31:
         raise ValueError(f"{K} products of int8 can overflow an int32 sum")
+    panels, start = _int8_panels(weight, rung)
+    wide = np.zeros((2, start.size), np.float32)
+    wide[0, :M], wide[1, :M] = scale, bias
+    return Packed(panels, start, wide[0], wide[1], K, M)
+
+
+def pack_integer(weight: NDArray[np.int8], bias: NDArray[np.int32], rung: Rung) -> Packed:
+    """int8 weights, (M, K), with int32 biases, (M,), which the sums start with: exact where the sums fit into int32."""
+    M, K = weight.shape
+    panels, start = _int8_panels(weight, rung)
+    start[:M] += bias
+    nothing = np.zeros(0, np.float32)
+    return Packed(panels, start, nothing, nothing, K, M)
+
+
+def _int8_panels(weight: NDArray[np.int8], rung: Rung) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
+    """The panels, and what takes the +128 of unsigned activations out of their sums."""
+    M, K = weight.shape
+    P, G = -(-M // rung.columns), -(-K // rung.group)
     padded = np.zeros((P * rung.columns, G * rung.group), np.int8)
     padded[:M, :K] = weight
     panels = padded.reshape(P, rung.columns, G, rung.group).transpose(0, 2, 1, 3)
     start = np.zeros(P * rung.columns, np.int32)
     if rung.int8 == "dot":
         start -= 128 * padded.sum(axis=1, dtype=np.int32)
-    wide = np.zeros((2, P * rung.columns), np.float32)
-    wide[0, :M], wide[1, :M] = scale, bias
-    return Packed(np.ascontiguousarray(panels), start, wide[0], wide[1], K, M)
+    return np.ascontiguousarray(panels), start

@@ -24,6 +24,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .calibration import Calibration, calibrate
+    from .golden import export_golden
+    from .ranges import Ranges, quantize_model
 
 __version__ = "0.1.0"
 
@@ -40,19 +42,30 @@ __all__ = [
     "ModelFileError",
     "Prediction",
     "PruningError",
+    "Ranges",
     "TokenizerError",
     "UnknownModelError",
     "UnsupportedModelError",
     "WeightsError",
     "calibrate",
+    "export_golden",
     "load",
+    "quantize_model",
 ]
+
+
+_LATER = {
+    "calibration": ("Calibration", "calibrate"),
+    "golden": ("export_golden",),
+    "ranges": ("Ranges", "quantize_model"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """What few processes need is loaded when it is asked for: 14 of the import's 135 ms (Zen 5, 2026-11-25)."""
-    if name in ("Calibration", "calibrate"):
-        from . import calibration
+    from importlib import import_module
 
-        return getattr(calibration, name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,10 +15,12 @@ from . import backends, pruning, ragged
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_config
 from .engine import Engine, Forward
-from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError
+from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError, UnsupportedModelError
 from .explanation import Explanation, Token
+from .float_program import FloatProgram
+from .integer_program import IntegerProgram
 from .numpy_engine import NumpyEngine
-from .pruning import Pruning
+from .pruning import KeepRule, Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
 from .weights import checkpoint
@@ -73,8 +75,10 @@ def load(
     The folder holds config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids
     will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
     None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
-    precision: "fp32" or "int8". threads: of the compiled kernels, by default one for each usable core; on NumPy they
-    are BLAS's, set for the whole process if given.
+    precision: "fp32", "int8", or "ibert", integers from the first table to the logits, for a folder that
+    `minilpt quantize` wrote or a checkpoint trained with I-BERT ("ibert-float-head": but for the head, as I-BERT).
+    threads: of the compiled kernels, by default one for each usable core; on NumPy they are BLAS's, set for the whole
+    process if given.
 
     Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
     missing tokenizer is an error only when texts are asked for.
@@ -83,14 +87,29 @@ def load(
     folder = resolve(name_or_path)
     config = read_config(folder)
     chosen = _pruning(folder, config, pruning)
-    make = CompiledEngine if backend.name == "numba" else NumpyEngine
-    weights = checkpoint.load_weights(folder, config, make.as_stored(config, precision))
-    engine = make(config, weights, chosen.rule if chosen else None, backend)
+    engine = _engine(folder, config, chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
     except (TokenizerError, DependencyError) as error:
         encoder = error  # raised when texts are asked for
     return Classifier(folder, config, engine, chosen, encoder)
+
+
+def _engine(folder: Path, config: ModelConfig, rule: KeepRule | None, backend: backends.Backend) -> Engine:
+    """The weights, ready to run as the backend says."""
+    if backend.precision in backends.INTEGER_PRECISIONS:
+        head = backend.precision == "ibert-float-head"
+        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
+    if config.quant_mode:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'}: quant_mode is true: these weights are for integers; load them with "
+            f'precision="ibert"'
+        )
+    if backend.name == "numpy":
+        return NumpyEngine(config, checkpoint.load_weights(folder, config), rule, backend)
+    stored = FloatProgram.as_stored(config, backend.precision)
+    weights = checkpoint.load_weights(folder, config, stored)
+    return CompiledEngine(config, FloatProgram(config, weights, int8=backend.precision == "int8"), rule, backend)
 
 
 class Classifier:
@@ -106,6 +125,11 @@ class Classifier:
     ):
         self.folder, self.config, self.pruning = folder, config, pruning
         self._engine, self._encoder = engine, encoder
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the layers."""
+        return self._engine
 
     @property
     def classes_(self) -> NDArray[np.str_]:

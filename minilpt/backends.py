@@ -12,7 +12,8 @@ from .kernels import isa
 from .threads import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32", "int8")
+INTEGER_PRECISIONS = ("ibert", "ibert-float-head")  # the second: with I-BERT's own head, for comparison
+PRECISIONS = ("fp32", "int8", *INTEGER_PRECISIONS)
 
 # Device -> why it cannot be used. A backend that arrives takes its device off this table.
 UNAVAILABLE = {"cuda": "this release of minilpt has CPU kernels only"}

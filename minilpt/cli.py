@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | calibrate | eval | models | info | warmup`.
+"""The command line: `minilpt predict | explain | calibrate | quantize | export-golden | eval | models | info | warmup`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,8 +25,10 @@ from .calibration import MOST_TEXTS, Calibration, Point, calibrate
 from .errors import BackendError, MinilptError
 from .evaluate import evaluate, machine
 from .files import write_whole
+from .golden import export_golden
 from .kernels import compiled, isa
 from .pruning import FILE_NAME
+from .ranges import quantize_model
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .weights.resolve import DEFAULT, bundled_names, resolve
@@ -103,6 +106,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_progress_option(calibration, "on a terminal")
     _add_engine_options(calibration)
     calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
+
+    quantization = commands.add_parser("quantize", help="write a model's folder for integer-only inference")
+    quantization.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
+    _add_input_options(quantization)
+    quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    _add_progress_option(quantization, "on a terminal")
+    quantization.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
+    quantization.set_defaults(run=_quantize)
+
+    golden = commands.add_parser("export-golden", help="write every integer of a model and of its way through texts")
+    golden.add_argument("model", metavar="MODEL", help="a folder that minilpt quantize wrote, or trained with I-BERT")
+    golden.add_argument("texts", nargs="+", metavar="TEXT")
+    golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    golden.set_defaults(run=_export_golden, threads=None, precision="ibert")
 
     commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
 
@@ -262,6 +281,26 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 130 if found.interrupted else 0
 
 
+def _quantize(options: argparse.Namespace) -> None:
+    model = load(options.model, pruning=None, threads=options.threads)
+    with _rows(options) as rows:
+        texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
+    wanted = sys.stderr.isatty() if options.progress is None else options.progress
+    found = quantize_model(model, texts, options.out, progress=wanted)
+    record = {
+        "rms_of_logits": {"at_first": found.rms_start, "chosen": found.rms, "held_out": found.held_out_rms},
+        "agreement": found.agreement,
+        "methods": dict(Counter(found.methods.values())),
+    }
+    print(json.dumps(record, indent=2))
+    print(f"minilpt: wrote {options.out}", file=sys.stderr)
+
+
+def _export_golden(options: argparse.Namespace) -> None:
+    path = export_golden(_load(options), options.texts, options.out)
+    print(f"minilpt: wrote {path}", file=sys.stderr)
+
+
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
     folder = resolve(options.model)
@@ -333,11 +372,11 @@ def _info(options: argparse.Namespace) -> None:
 
 def _compiled() -> dict[str, Any]:
     """The instruction sets, and where the compiled kernels are kept."""
-    file = compiled.cache_file(isa.chosen())
+    files = [compiled.cache_file(isa.chosen(), part) for part in compiled.PARTS]
     return {
         "rung": isa.chosen().name,
         "rungs_of_this_machine": [rung.name for rung in isa.usable()],
-        "cache": {"file": str(file), "there": file.is_file()},
+        "cache": {str(file): "there" if file.is_file() else "to be compiled" for file in files},
     }
 
 
@@ -345,10 +384,13 @@ def _warmup(options: argparse.Namespace) -> None:
     backend = backends.choose("auto", "fp32", None)
     if backend.rung is None:
         raise BackendError(f"there is nothing to compile: {backend.reason}")
-    path = compiled.warm_up()
-    if not path.is_file():
-        raise BackendError(f"{path}: the compiled kernels could not be kept; set {compiled.CACHE_VARIABLE} to a folder")
-    print(f"{backend.rung}: {path}")
+    for part in compiled.PARTS:
+        path = compiled.warm_up(part)
+        if not path.is_file():
+            raise BackendError(
+                f"{path}: the compiled kernels could not be kept; set {compiled.CACHE_VARIABLE} to a folder"
+            )
+        print(f"{backend.rung}: {path}")
 
 
 def _eval(options: argparse.Namespace) -> None:

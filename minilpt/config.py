@@ -28,6 +28,7 @@ class ModelConfig:
     labels: one name per output.
     problem_type: "regression", "single_label_classification", "multi_label_classification" or None.
     ltp: the pruning settings that checkpoints of the LTP code carry in config.json, else None.
+    quant_mode: the weights are for integer-only inference, and mean something else in floating point.
     """
 
     family: str
@@ -48,6 +49,7 @@ class ModelConfig:
     labels: tuple[str, ...]
     problem_type: str | None
     ltp: LtpSettings | None = None
+    quant_mode: bool = False
 
     @property
     def max_tokens(self) -> int:
@@ -150,7 +152,6 @@ REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
     "pruned_heads": ({}, None),
-    "quant_mode": (False, None),
     "quantization_config": (None,),
     "auto_map": (None,),
     "num_hidden_groups": (None,),
@@ -181,11 +182,11 @@ HARMLESS = frozenset(
     chunk_size_feed_forward pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
     pooler_type directionality summary_activation summary_first_dropout summary_last_dropout summary_type
     summary_use_proj sinusoidal_pos_embds generator_hidden_size generator_size model_max_length max_seq_length
-    embedding_size force_dequant prune_mode final_token_threshold token_threshold token_keep_rate type_vocab_size
+    embedding_size quant_mode prune_mode final_token_threshold token_threshold token_keep_rate type_vocab_size
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    force_dequant remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
 
@@ -257,6 +258,7 @@ class _Reader:
             labels=self._labels(),
             problem_type=self._problem_type(),
             ltp=self._ltp_settings(),
+            quant_mode=self._quant_mode(),
         )
 
     def _get(self, key: str) -> Any:
@@ -321,6 +323,15 @@ class _Reader:
         if value is not None and value not in PROBLEM_TYPES:
             raise self.unsupported(f"problem_type {value!r} is not one of {', '.join(PROBLEM_TYPES)}")
         return value
+
+    def _quant_mode(self) -> bool:
+        """True for weights that are for integers; then nothing may be left in floating point."""
+        value, dequantised = self.raw.get("quant_mode"), self.raw.get("force_dequant", "none")
+        if value not in (True, False, None):
+            raise self.unsupported(f"quant_mode must be true or false, found {value!r}")
+        if value and dequantised not in ("none", None):
+            raise self.unsupported(f"force_dequant {dequantised!r}: integer-only inference has no float operations")
+        return bool(value)
 
     def _ltp_settings(self) -> LtpSettings | None:
         mode = self.raw.get("prune_mode")

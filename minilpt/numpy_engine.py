@@ -55,11 +55,6 @@ class Layer(NamedTuple):
 class NumpyEngine:
     """Weights laid out for BLAS, a keep rule, and the layer loop. Immutable: safe to share between threads."""
 
-    @staticmethod
-    def as_stored(config: ModelConfig, precision: str) -> frozenset[str]:
-        """Weights that may come as the int8 rows of their file: none, everything is computed in float32."""
-        return frozenset()
-
     def __init__(self, config: ModelConfig, weights: Mapping[str, Float32], rule: KeepRule | None, backend: Backend):
         self.config, self.rule, self.backend = config, rule, backend
         self._linear, self._layer_norm = NUMPY["linear"], NUMPY["layer_norm"]

@@ -29,6 +29,17 @@ def quantize_rows(weight: Float32) -> Quantized:
     return Quantized(np.rint(weight / scale[:, None]).astype(np.int8), scale)
 
 
+def quantize_as_ibert(weight: Float32, per_row: bool) -> Quantized:
+    """Symmetric int8 as the I-BERT code rounds, in float32: one scale for each row, or one for all; [-127, 126].
+
+    The scale is max|w| / 127, of at least 1e-8 / 127; 1 / scale is rounded before it multiplies.
+    """
+    largest = np.abs(weight).max(axis=1) if per_row else np.full(len(weight), np.abs(weight).max())
+    scale = np.maximum(largest, np.float32(1e-8)) / np.float32(127)
+    whole = np.rint(1 / scale[:, None] * weight)
+    return Quantized(np.clip(whole, -127, 126).astype(np.int8), scale)
+
+
 def dequantize_rows(quantized: NDArray[np.int8], scale: Float32) -> Float32:
     """(M, K) float32 from int8 rows and their (M,) scales."""
     return quantized.astype(np.float32) * scale[:, None]

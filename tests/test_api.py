@@ -306,7 +306,7 @@ def test_with_pruning_leaves_the_original_as_it_is(model: Classifier) -> None:
     assert any(prediction.kept_tokens[0] != prediction.kept_tokens[1] for prediction in before)
     assert model.predict(TEXTS) == before
     assert dense.with_pruning("auto").predict(TEXTS) == before
-    assert dense._engine._model is model._engine._model  # type: ignore[attr-defined] # shared weights, not copied
+    assert dense.engine.program is model.engine.program  # type: ignore[attr-defined] # shared weights, not copied
 
 
 # load.

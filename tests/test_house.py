@@ -23,13 +23,14 @@ FLOORS = (
     ("errors",),
     ("config", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
     ("weights", "pruning", "text"),
-    ("backends", "reference", "records"),
-    ("tasks",),
-    ("engine",),
+    ("backends", "reference", "records", "scales", "integer_rules"),
+    ("tasks", "integer_model"),
+    ("engine", "integer_reference"),
     ("numpy_engine", "compiled_engine"),
+    ("float_program", "integer_program"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("calibration",),
+    ("calibration", "ranges", "golden"),
     ("cli", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}

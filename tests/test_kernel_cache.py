@@ -42,9 +42,15 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("warm") / "below" / "kernels"
     done = start("", "-m", "minilpt", "warmup", cache=cache)
     assert done.returncode == 0, done.stderr
-    (file,) = cache.iterdir()
-    assert done.stdout == f"{isa.chosen().name}: {file}\n"
+    files = [compiled.cache_file(isa.chosen(), part).name for part in compiled.PARTS]
+    assert sorted(path.name for path in cache.iterdir()) == sorted(files)
+    assert done.stdout == "".join(f"{isa.chosen().name}: {cache / name}\n" for name in files)
     return cache
+
+
+def float_part(cache: Path) -> Path:
+    """The file that fp32 and int8 need."""
+    return cache / compiled.cache_file(isa.chosen()).name
 
 
 def test_a_process_that_finds_the_kernels_does_not_load_numba(warm: Path) -> None:
@@ -55,16 +61,14 @@ def test_a_process_that_finds_the_kernels_does_not_load_numba(warm: Path) -> Non
 
 def test_info_tells_rung_threads_and_cache(warm: Path) -> None:
     backend = json.loads(start("", "-m", "minilpt", "info", cache=warm).stdout)["backend"]
-    (file,) = warm.iterdir()
     assert backend["name"] == "numba"
     assert backend["threads"] == usable_cores()
     assert backend["compiled"]["rung"] == isa.chosen().name
-    assert backend["compiled"]["cache"] == {"file": str(file), "there": True}
+    assert backend["compiled"]["cache"] == {str(path): "there" for path in warm.iterdir()}
 
 
 def test_a_read_only_cache_that_is_full_is_enough(warm: Path) -> None:
-    (file,) = warm.iterdir()
-    modes = {path: path.stat().st_mode for path in (warm, file)}
+    modes = {path: path.stat().st_mode for path in (warm, float_part(warm))}
     for path in modes:
         path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
@@ -76,7 +80,7 @@ def test_a_read_only_cache_that_is_full_is_enough(warm: Path) -> None:
 
 @pytest.mark.parametrize("damage", [lambda code: code[:-100], lambda code: code[:40] + b"\xff" * 64 + code[104:]])
 def test_a_damaged_file_is_compiled_anew(warm: Path, tmp_path: Path, damage: object) -> None:
-    (file,) = warm.iterdir()
+    file = float_part(warm)
     damaged = tmp_path / file.name
     damaged.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     assert start(PREDICT, cache=tmp_path).stdout == "positive True []\n"

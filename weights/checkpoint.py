@@ -9,7 +9,7 @@ import json
 import struct
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,18 +104,23 @@ def load_weights(folder: Path, config: ModelConfig, as_stored: Collection[str] =
 
 def read_ltp_offsets(folder: Path, layers: int) -> list[np.float32]:
     """The learned threshold offset of each layer in a checkpoint of the LTP code; zeros where none is stored."""
-    stored = _by_normalised_name(read_headers(folder), "ibert")
-    offsets = []
-    for layer in range(layers):
-        entry = stored.get(names.LTP_OFFSET.format(layer))
+    wanted = [names.LTP_OFFSET.format(layer) for layer in range(layers)]
+    found = read_numbers(folder, "ibert", wanted)
+    return [found.get(name, np.float32(0)) for name in wanted]
+
+
+def read_numbers(folder: Path, family: str, wanted: Iterable[str]) -> dict[str, np.float32]:
+    """Those of the wanted tensors that the checkpoint has, each of which must be one number."""
+    stored = _by_normalised_name(read_headers(folder), family)
+    found = {}
+    for name in wanted:
+        entry = stored.get(name)
         if entry is not None and (entry.dtype not in FLOATS or entry.shape not in ((), (1,))):
             raise WeightsError(f"{entry.path}: {entry.name} must be one number, found {entry.dtype} {entry.shape}")
-        if entry is None:
-            offsets.append(np.float32(0))
-        else:
+        if entry is not None:
             with open(entry.path, "rb") as file:
-                offsets.append(np.float32(widened(entry.read(file), entry.dtype).reshape(())))
-    return offsets
+                found[name] = np.float32(widened(entry.read(file), entry.dtype).reshape(()))
+    return found
 
 
 def read_headers(folder: Path) -> list[Stored]:

@@ -85,6 +85,26 @@ UNUSED = tuple(
     )
 )
 
+# The modules of I-BERT that hold an activation's range, by our name for the activation (`minilpt.scales`).
+_IBERT_ACTIVATIONS = {
+    "embeddings.sum": "embeddings.embeddings_act1",
+    "embeddings.norm": "embeddings.output_activation",
+}
+_IBERT_LAYER_ACTIVATIONS = {
+    "query": "encoder.layer.{}.attention.self.query_activation",
+    "key": "encoder.layer.{}.attention.self.key_activation",
+    "value": "encoder.layer.{}.attention.self.value_activation",
+    "exp": "encoder.layer.{}.attention.self.softmax.act",
+    "context": "encoder.layer.{}.attention.self.output_activation",
+    "attention_sum": "encoder.layer.{}.attention.output.ln_input_act",
+    "attention_norm": "encoder.layer.{}.attention.output.output_activation",
+    "attention_norm.again": "encoder.layer.{}.pre_intermediate_act",
+    "inner": "encoder.layer.{}.intermediate.output_activation",
+    "inner.again": "encoder.layer.{}.pre_output_act",
+    "outer_sum": "encoder.layer.{}.output.ln_input_act",
+    "outer_norm": "encoder.layer.{}.output.output_activation",
+}
+
 LTP_OFFSET = "ibert.encoder.layer.{}.attention.self.pruner.keep_threshold"
 
 
@@ -131,6 +151,18 @@ def _modules(table: NameTable, layers: int) -> Iterator[tuple[str, str]]:
         for ours, theirs in table.layer.items():
             yield f"layers.{layer}.{ours}", table.prefix + theirs.format(layer)
     yield from table.head.items()
+
+
+def activation_modules(config: ModelConfig) -> dict[str, str]:
+    """Our name of each activation of an I-BERT checkpoint -> the module that holds its range."""
+    table = NameTable(TABLES["ibert"].prefix, _IBERT_ACTIVATIONS, _IBERT_LAYER_ACTIVATIONS, {})
+    return dict(_modules(table, config.layers))
+
+
+def norm_modules(config: ModelConfig) -> dict[str, str]:
+    """Our name of each LayerNorm -> its module in this family's checkpoints."""
+    modules = dict(_modules(TABLES[config.family], config.layers))
+    return {name: module for name, module in modules.items() if name.endswith("norm")}
 
 
 def normalise(name: str, family: str) -> str:

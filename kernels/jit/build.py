@@ -1,4 +1,4 @@
-"""Compile all kernels of the chosen rung to one object file: the only place where Numba works."""
+"""Compile the kernels of the chosen rung to an object file for each part: the only place where Numba works."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from numba.core.registry import cpu_target
 
 from .. import blocks
 from ..isa import chosen
-from . import lines, products
+from . import integer_lines, lines, products
 from .attention import add_mass, attention_context, attention_probs, average_mass, clear, pack_keys
 from .encoder import forward
+from .integer_encoder import integer_forward
+from .integer_encoder import keep as keep_integer
+from .integer_products import integer_product
 from .memory import record, view
 from .products import product
 from .rules import keep, merge_rows
@@ -59,10 +62,40 @@ def _run(operation, arguments):
         count[0] = keep(mass, a[1], record(a[2], blocks.RULE), a[3], 0, kept, 0)
 
 
-def build() -> bytes:
-    """The object file for `isa.chosen()`. It holds one function, ENTRY, which `minilpt.kernels.compiled` calls."""
+def _run_integer(operation, arguments):
+    """The same for the operations of integer-only models."""
+    a = view(arguments, 10, np.int64)
+    if operation == blocks.RUN_INTEGER_FORWARD:
+        integer_forward(a[0], a[1], a[2], a[3], a[4])
+    elif operation == blocks.RUN_INTEGER_SUMS:
+        matrix, ending = record(a[3], blocks.MATRIX), record(a[6], blocks.ENDING)
+        integer_product(a[0], a[1], a[2], matrix, 0, matrix.count, a[4], a[5], ending, a[7])
+    elif operation == blocks.RUN_REQUANTIZE:
+        integer_lines.requantize_line(a[0], a[1], record(a[2], blocks.DYADIC), a[3], a[4])
+    elif operation == blocks.RUN_ADD_REQUANTIZED:
+        factor, residual_factor = record(a[1], blocks.DYADIC), record(a[3], blocks.DYADIC)
+        integer_lines.add_line(a[0], factor, a[2], residual_factor, a[4], a[5])
+    elif operation == blocks.RUN_INTEGER_ACTIVATE:
+        integer_lines.end_line(a[0], a[1], 0, record(a[2], blocks.ENDING), a[3])
+    elif operation == blocks.RUN_INTEGER_NORM:
+        total = integer_lines.sum_line(a[0], a[1])
+        integer_lines.norm_line(a[0], total, a[1], record(a[2], blocks.INTEGER_NORM), 0, 1, a[3])
+    elif operation == blocks.RUN_INTEGER_SOFTMAX:
+        integer_lines.softmax_line(a[0], a[1], record(a[2], blocks.EXP), a[3], a[4], a[5], a[6])
+    elif operation == blocks.RUN_INTEGER_KEEP:
+        count = view(a[5], 1, np.int64)
+        mass, kept = view(a[0], a[1], np.int64), view(a[4], a[1], np.int64)
+        count[0] = keep_integer(mass, a[1], record(a[2], blocks.INTEGER_RULE), a[3], 0, kept, 0)
+
+
+ENTRIES = {"float": _run, "integer": _run_integer}
+
+
+def build(part: str) -> bytes:
+    """A part's object file for `isa.chosen()`. It holds one function, ENTRY, which `minilpt.kernels.compiled` calls."""
     with _numba_only_lowers():
-        run = njit(types.void(types.int64, types.int64), error_model="numpy", no_cpython_wrapper=True)(_run)
+        kind = types.void(types.int64, types.int64)
+        run = njit(kind, error_model="numpy", no_cpython_wrapper=True)(ENTRIES[part])
         text = run.inspect_llvm(run.signatures[0])
     (result,) = run.overloads.values()
     module = binding.parse_assembly(text)

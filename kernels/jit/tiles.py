@@ -99,27 +99,11 @@ def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bi
 
     def code(context, builder, signature, arguments):
         a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride = arguments
-        emit, rung = Emitter(builder), chosen()
-        vectors = rung.vectors
-        width = LANES * rung.group  # bytes of one vector of weights
+        emit, vectors = Emitter(builder), chosen().vectors
 
         def of(height: int) -> None:
             a_rows, c_rows = _rows(builder, a, a_stride, height), _rows(builder, c, c_stride, height)
-            first = [emit.load(start, INTEGERS, VECTOR_BYTES * v) for v in range(vectors)] * height
-
-            def step(g: Value, sums: list[Value]) -> list[Value]:
-                line = builder.add(b, builder.mul(g, ir.Constant(I64, width * vectors)))
-                soon = builder.add(ahead, builder.mul(g, ahead_stride))
-                for offset in range(0, width * vectors, CACHE_LINE):
-                    emit.prefetch(soon, offset)
-                weights = [_weights(emit, line, width * v) for v in range(vectors)]
-                place, out = builder.mul(g, ir.Constant(I64, 4)), []
-                for row in range(height):
-                    x = emit.splat(emit.load(a_rows[row], I32, place), INTEGERS)
-                    out += [_multiply_add(emit, sums[row * vectors + v], x, weights[v]) for v in range(vectors)]
-                return out
-
-            sums = emit.loop(groups, first, step)
+            sums = _int8_sums(emit, a_rows, b, start, groups, vectors, ahead, ahead_stride)
             for v in range(vectors):
                 columns, offsets = (emit.load(place, VECTOR, VECTOR_BYTES * v) for place in (scale, bias))
                 for row in range(height):
@@ -131,6 +115,59 @@ def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bi
         return context.get_dummy_value()
 
     return _signature(a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride), code
+
+
+def sum_tile(vectors: int) -> Any:
+    """The intrinsic for the first `vectors` vectors of an int8 panel: c[r] = start + sum_g a[r, g] . b[g], int32."""
+
+    @intrinsic
+    def tile(typingctx, a, a_stride, rows, b, start, groups, c, c_stride, ahead, ahead_stride):
+        def code(context, builder, signature, arguments):
+            a, a_stride, rows, b, start, groups, c, c_stride, ahead, ahead_stride = arguments
+            emit = Emitter(builder)
+
+            def of(height: int) -> None:
+                a_rows, c_rows = _rows(builder, a, a_stride, height), _rows(builder, c, c_stride, height)
+                sums = _int8_sums(emit, a_rows, b, start, groups, vectors, ahead, ahead_stride)
+                for at, value in enumerate(sums):
+                    emit.store(value, c_rows[at // vectors], VECTOR_BYTES * (at % vectors))
+
+            _by_height(builder, rows, of)
+            return context.get_dummy_value()
+
+        return _signature(a, a_stride, rows, b, start, groups, c, c_stride, ahead, ahead_stride), code
+
+    return tile
+
+
+def _int8_sums(
+    emit: Emitter,
+    a_rows: list[Value],
+    b: Value,
+    start: Value,
+    groups: Value,
+    vectors: int,
+    ahead: Value,
+    ahead_stride: Value,
+) -> list[Value]:
+    """start + sum_g a[r, g] . b[g] for every row r and vector of columns, row by row: exact int32."""
+    builder, rung = emit.builder, chosen()
+    width = LANES * rung.group  # bytes of one vector of weights
+    first = [emit.load(start, INTEGERS, VECTOR_BYTES * v) for v in range(vectors)] * len(a_rows)
+
+    def step(g: Value, sums: list[Value]) -> list[Value]:
+        line = builder.add(b, builder.mul(g, ir.Constant(I64, width * rung.vectors)))
+        soon = builder.add(ahead, builder.mul(g, ahead_stride))
+        for offset in range(0, width * vectors, CACHE_LINE):
+            emit.prefetch(soon, offset)
+        weights = [_weights(emit, line, width * v) for v in range(vectors)]
+        place, out = builder.mul(g, ir.Constant(I64, 4)), []
+        for row, a_row in enumerate(a_rows):
+            x = emit.splat(emit.load(a_row, I32, place), INTEGERS)
+            out += [_multiply_add(emit, sums[row * vectors + v], x, weights[v]) for v in range(vectors)]
+        return out
+
+    return emit.loop(groups, first, step)
 
 
 def _weights(emit: Emitter, line: Value, offset: int) -> Value:

@@ -1,0 +1,74 @@
+"""The keep rules of `pruning` for integer masses: the same decisions, compared as integers.
+
+A mass is a sum of `kernels.integer.i_softmax`'s rows over heads and queries: 2^32 for each head stands for a mass of 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PruningError
+from .kernels import blocks
+from .kernels.blocks import MASS_DROP, MOST_MASS, RELATIVE_BITS
+from .kernels.integer import SOFTMAX_BITS, Int
+from .pruning import KeepRule, Step
+
+Keep = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class IntegerRule:
+    """steps: of each layer; of_8_bits: masses are sums of 8-bit probabilities, as the LTP code has them in quant_mode.
+
+    Absolute: mass >= lowest[layer] * Z, with lowest the threshold in units of 2^-32 / H, rounded up. Relative:
+    (mass >> 14) << 30 >= lowest[layer] * (max mass >> 14). Count: counts[layer][n_initial] largest masses.
+    """
+
+    steps: tuple[Step, ...]
+    lowest: tuple[int, ...]
+    counts: NDArray[np.int32]
+    of_8_bits: bool = False
+
+    def keep(self, mass: Int, layer: int, n_initial: int) -> Keep:
+        """(n,) bool: the tokens that go on; the first always does. mass: (n,) int64."""
+        step, lowest = self.steps[layer], self.lowest[layer]
+        kept = np.ones(len(mass), dtype=bool)
+        if step.kind == blocks.ABSOLUTE:
+            lengths = {blocks.INITIAL: n_initial, blocks.LIVE: len(mass)}
+            z = min(lengths.get(step.denominator, step.denominator), step.limit)
+            kept = mass >= min(lowest, MOST_MASS // z) * z
+        elif step.kind == blocks.RELATIVE:
+            short = mass >> MASS_DROP
+            kept = short << RELATIVE_BITS >= lowest * short.max()
+        elif step.kind == blocks.COUNT:
+            order = np.argsort(-mass[1:], kind="stable") + 1
+            kept = np.zeros(len(mass), dtype=bool)
+            kept[order[: self.counts[layer, n_initial] - 1]] = True
+        kept[0] = True
+        return kept
+
+
+def integer_rule(rule: KeepRule, layers: int, heads: int, max_tokens: int, of_8_bits: bool = False) -> IntegerRule:
+    """A rule as integers. PruningError for one that merges what it removes: merged rows are float sums."""
+    if rule.merge_removed:
+        raise PruningError(
+            'merge_removed works in floating point only; integer-only inference takes "merge_removed": false'
+        )
+    steps = tuple(rule.step(layer) if rule.active(layer) else Step() for layer in range(layers))
+    counts = np.ones((layers, max_tokens + 1), np.int32)
+    for layer, step in enumerate(steps):
+        if step.kind == blocks.COUNT:
+            sizes = np.rint(np.arange(max_tokens + 1, dtype=np.float32) * step.value)
+            counts[layer] = np.clip(sizes, 1, max_tokens).astype(np.int32)
+    return IntegerRule(steps, tuple(_lowest(step, heads) for step in steps), counts, of_8_bits)
+
+
+def _lowest(step: Step, heads: int) -> int:
+    """The threshold as the integer that masses, times what the rule says, are compared with."""
+    unit = heads << SOFTMAX_BITS if step.kind == blocks.ABSOLUTE else 1 << RELATIVE_BITS
+    exact = Fraction(float(step.value)) * unit
+    return min(-(-exact.numerator // exact.denominator), MOST_MASS if step.kind == blocks.ABSOLUTE else unit + 1)
