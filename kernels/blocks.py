@@ -84,15 +84,15 @@ WORK = _record(
     hidden=ROWS,
 )
 
-# Integer-only models; `kernels.integer` says what the numbers mean. Multipliers, shifts and LayerNorm's biases are
-# addresses of int32, i-GELU's b, c and one of int64. An 8-bit value lies in memory as the rung's products read it: an
-# item.
-DYADIC = _record("usual multiplier shift")
+# Integer-only models; `kernels.integer` says what the numbers mean. Multipliers, shifts, LayerNorm's biases, i-GELU's
+# b are addresses of int32; its c and minus_one (-one) of int64, of every 16 the even ones first. An 8-bit value lies in
+# memory as the rung's products read it: an item.
 # usual: whether the constants are such that the kernels of `jit.integer_vector` may be taken.
+DYADIC = _record("usual multiplier shift")
 INTEGER_NORM = _record("usual bias drop", output=DYADIC)
 EXP = _record("usual ln2 magic magic_shift b c multiplier shift")  # numbers, ln2 > 0; magic: `integer.reciprocal`
 # What becomes of sums: SUMS stay int32, all others end as items. again_multiplier: 0 for no second requantisation.
-ENDING = _record("kind usual b c one again_multiplier again_shift", output=DYADIC)
+ENDING = _record("kind usual b c minus_one again_multiplier again_shift", output=DYADIC)
 SUMS, TO_8_BITS, TO_8_BITS_RELU, TO_8_BITS_GELU, TO_8_BITS_TANH = range(5)
 INTEGER_LAYER = _record(
     "context_multiplier context_shift again_multiplier again_shift",

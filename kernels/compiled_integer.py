@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from . import blocks, packing
 from .compiled import aligned, padded, run
 from .integer import GELU_LOW_BITS, Dyadic, Exp, Gelu, Int, Norm, gelu_bound, reciprocal
-from .isa import chosen
+from .isa import LANES, chosen
 
 TILE_BYTES = 4 * 6 * 64  # of the largest tile's sums
 Arrays = list[NDArray[Any]]  # kept while their addresses are in use
@@ -105,10 +105,15 @@ def ending_record(
     if isinstance(constants, Dyadic):
         output = dyadic_record(constants, count, arrays, columns, largest)
         return kind, output[0] and again_usual, 0, 0, 0, multiplier, max(shift, 1), output
-    places = [_line(values, count, columns, np.int64, arrays) for values in constants[:3]]
+    wide = [np.zeros(columns or padded(count), np.int64) for _ in range(2)]
+    for line, values in zip(wide, (constants.c, -constants.one), strict=True):
+        line[:count] = values
+    even_first = [np.ascontiguousarray(line.reshape(-1, LANES // 2, 2).transpose(0, 2, 1)) for line in wide]
+    arrays.extend(even_first)
+    places = [_line(constants.b, count, columns, np.int32, arrays), *(line.ctypes.data for line in even_first)]
     bound = gelu_bound(np.broadcast_to(np.int64(largest), (count,)), constants)
-    b, c, one, factor = constants
-    usual = again_usual and bool((np.abs(c) < 2**44).all() and (np.abs(one) < 2**30).all() and (b > -(2**31)).all())
+    _, c, one, factor = constants
+    usual = again_usual and bool((np.abs(c) < 2**44).all() and (np.abs(one) < 2**30).all())
     usual = usual and bool((never_half(factor, bound) & below_32_bits(factor, bound)).all())
     lines = [_line(values, count, columns, np.int32, arrays) for values in factor]
     arrays[-1][count:] = GELU_LOW_BITS + 1

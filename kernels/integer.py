@@ -211,7 +211,12 @@ def attention_mass(wide: Int) -> Int:
 
 
 def gelu_constants(scale: Scale, output_scale: Scale) -> Gelu:
-    """For x in units of `scale`, one number or (M,), answers in units of `output_scale`."""
+    """For x in units of `scale`, one number or (M,), answers in units of `output_scale`.
+
+    ValueError where the scale is below 1.2e-9: b, about -2.5 / scale, must lie above -2^31.
+    """
+    if np.any(np.float64(scale) * 2.0**31 < 2.51):
+        raise ValueError(f"i-GELU needs a scale of at least 1.2e-9, found {np.min(scale)}")
     unit = scale / SQRT_2
     b, c = _floor((1 / unit) * ERF_B), _floor((1 / (unit * unit)) * (1 / ERF_A))
     erf_scale = unit * unit * ERF_A * 2**ERF_SHIFT

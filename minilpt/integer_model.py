@@ -120,11 +120,8 @@ def load_integer_model(folder: Path, config: ModelConfig) -> IntegerModel:
     return integer_model(config, weights, scales)
 
 
-def integer_model(config: ModelConfig, weights: Mapping[str, Any], scales: Scales) -> IntegerModel:
-    """Fold the scales into integers. weights: our names, matrices and tables `Quantized`, the rest floating.
-
-    Raises UnsupportedModelError for what integers of these widths cannot hold, before anything is computed with it.
-    """
+def check_supported(config: ModelConfig) -> None:
+    """UnsupportedModelError for a model that has no integer form."""
     for kind, found, known in (
         ("activation", config.activation, ACTIVATIONS),
         ("head activation", config.head_activation, HEAD_ACTIVATIONS),
@@ -133,6 +130,14 @@ def integer_model(config: ModelConfig, weights: Mapping[str, Any], scales: Scale
             raise UnsupportedModelError(f"integer-only inference has no {found} as {kind}; it has {', '.join(known)}")
     if config.embedding_width != config.width:
         raise UnsupportedModelError("integer-only inference has no embeddings that are narrower than the layers")
+
+
+def integer_model(config: ModelConfig, weights: Mapping[str, Any], scales: Scales) -> IntegerModel:
+    """Fold the scales into integers. weights: our names, matrices and tables `Quantized`, the rest floating.
+
+    Raises UnsupportedModelError for what integers of these widths cannot hold, before anything is computed with it.
+    """
+    check_supported(config)
     return _Folder(config, weights, scales).model()
 
 

@@ -26,7 +26,7 @@ from .api import Classifier, Item, progress_bar, text_items
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_json
 from .errors import BackendError, CalibrationError, InputError, UnsupportedModelError
-from .integer_model import integer_model
+from .integer_model import check_supported, integer_model
 from .integer_program import IntegerProgram
 from .kernels import NUMPY
 from .kernels.integer import ACTIVATION_BITS
@@ -87,6 +87,7 @@ def quantize_model(model: Classifier, texts: Iterable[Item], out: Path | str, *,
         raise CalibrationError(f"ranges need at least {FEWEST_TEXTS} texts, found {len(items)}")
     if model.config.quant_mode:
         raise UnsupportedModelError(f"{model.folder}: quant_mode is true: this model is quantised already")
+    check_supported(model.config)
     ids, segments = model.encode(items)
     weights = dict(checkpoint.load_weights(model.folder, model.config).items())
     search = _Search(model.config, weights, ids, segments, model.backend.threads)

@@ -93,6 +93,11 @@ ENTRIES = {"float": _run, "integer": _run_integer}
 
 def build(part: str) -> bytes:
     """A part's object file for `isa.chosen()`. It holds one function, ENTRY, which `minilpt.kernels.compiled` calls."""
+    return _machine().emit_object(optimised(part))
+
+
+def optimised(part: str) -> Any:
+    """What the object file is made of, as an LLVM module."""
     with _numba_only_lowers():
         kind = types.void(types.int64, types.int64)
         run = njit(kind, error_model="numpy", no_cpython_wrapper=True)(ENTRIES[part])
@@ -101,7 +106,17 @@ def build(part: str) -> bytes:
     module = binding.parse_assembly(text)
     module.link_in(binding.parse_assembly(NO_DESTRUCTOR))
     _keep_only(module, result.fndesc.llvm_func_name)
-    return _optimised(module)
+    tuning = binding.create_pipeline_tuning_options(speed_level=3)
+    builder = binding.create_pass_builder(_machine(), tuning)
+    builder.getModulePassManager().run(module, builder)
+    return module
+
+
+def _machine() -> Any:
+    rung = chosen()
+    return binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
+        cpu=rung.cpu, features=rung.features, opt=3, reloc="pic", codemodel="jitdefault"
+    )
 
 
 @contextmanager
@@ -123,14 +138,3 @@ def _keep_only(module: Any, entry: str) -> None:
             value.name = ENTRY
         elif not value.is_declaration:
             value.linkage = "internal"
-
-
-def _optimised(module: Any) -> bytes:
-    rung = chosen()
-    machine = binding.Target.from_triple(module.triple).create_target_machine(
-        cpu=rung.cpu, features=rung.features, opt=3, reloc="pic", codemodel="jitdefault"
-    )
-    tuning = binding.create_pipeline_tuning_options(speed_level=3)
-    builder = binding.create_pass_builder(machine, tuning)
-    builder.getModulePassManager().run(module, builder)
-    return machine.emit_object(module)

@@ -12,7 +12,7 @@ from numba.core.extending import intrinsic
 from .. import integer
 from ..blocks import SUMS, TO_8_BITS, TO_8_BITS_GELU, TO_8_BITS_RELU
 from ..integer import ERF_SHIFT, EXP_BITS, EXP_LOW_BITS, GELU_LOW_BITS, PROB_BITS, SOFTMAX_BITS, TANH_BITS, TANH_LIMIT
-from ..isa import chosen
+from ..isa import LANES, chosen
 from . import integer_vector
 from .memory import compiled, view
 from .vector import I64, Emitter
@@ -78,9 +78,9 @@ def end_line(sums, count, column, ending, out):
     """What `ending`, a `blocks.ENDING`, makes of int32 sums from column `column` on: items at `out`."""
     again, again_shift = ending.again_multiplier, max(ending.again_shift, 1)
     if ending.kind == TO_8_BITS_GELU and ending.usual:
-        b, c, one = ending.b + 8 * column, ending.c + 8 * column, ending.one + 8 * column
+        b, c, minus_one = ending.b + 4 * column, ending.c + 8 * column, ending.minus_one + 8 * column
         multiplier, shift = ending.output.multiplier + 4 * column, ending.output.shift + 4 * column
-        integer_vector.gelu_row(sums, count, b, c, one, multiplier, shift, again, again_shift, out)
+        integer_vector.gelu_row(sums, count, b, c, minus_one, multiplier, shift, again, again_shift, out)
     elif ending.kind == TO_8_BITS_GELU:
         gelu_line(sums, count, column, ending, out)
     elif ending.kind == TO_8_BITS:
@@ -111,19 +111,20 @@ def _end_plain(sums, count, column, ending, smallest, out):
 
 @compiled
 def gelu_line(sums, count, column, ending, out):
-    """i-GELU, 8 bits."""
+    """i-GELU, 8 bits. c and minus_one: of every 16 the even ones first, as `integer_vector` reads them."""
     x, items = view(sums, count, np.int32), view(out, count, ITEM)
     multiplier = view(ending.output.multiplier + 4 * column, count, np.int32)
     shift = view(ending.output.shift + 4 * column, count, np.int32)
-    b, c = view(ending.b + 8 * column, count, np.int64), view(ending.c + 8 * column, count, np.int64)
-    one = view(ending.one + 8 * column, count, np.int64)
+    b, c = view(ending.b + 4 * column, count, np.int32), view(ending.c + 8 * column, count, np.int64)
+    minus_one = view(ending.minus_one + 8 * column, count, np.int64)
     again, again_shift = ending.again_multiplier, max(ending.again_shift, 1)
     for i in range(count):
         value = np.int64(x[i])
-        from_end = min(abs(value), -b[i]) + b[i]
-        polynomial = from_end * from_end + c[i]
+        from_end = min(abs(value), -np.int64(b[i])) + np.int64(b[i])
+        place = i // LANES * LANES + i % LANES // 2 + i % 2 * (LANES // 2)
+        polynomial = from_end * from_end + c[place]
         erf = (-polynomial if value < 0 else polynomial) >> ERF_SHIFT
-        value = value * -(erf + one[i])
+        value = value * (minus_one[place] - erf)
         factor = np.int64(multiplier[i])
         below = (value & GELU_LOW_MASK) * factor
         total = (value >> GELU_LOW_BITS) * factor + (below >> GELU_LOW_BITS)
@@ -269,9 +270,9 @@ def square_root(x):
     """Floor of the square root of 0 <= x < 2^62, by Newton's iteration from above."""
     if x == 0:
         return np.int64(0)
-    guess = np.int64(1) << ((65 - _leading_zeros(x)) >> 1)
-    better = (guess + x // guess) >> 1
+    square, guess = np.uint64(x), np.uint64(1) << np.uint64((65 - _leading_zeros(x)) >> 1)
+    better = (guess + square // guess) >> np.uint64(1)
     while better < guess:
         guess = better
-        better = (guess + x // guess) >> 1
-    return guess
+        better = (guess + square // guess) >> np.uint64(1)
+    return np.int64(guess)

@@ -25,6 +25,7 @@ ITEM, ITEM_BYTES = (I8, 1) if chosen().item_bytes == 1 else (I16, 2)
 ITEMS = ir.VectorType(ITEM, LANES)
 ITEM_ZERO = 128 if chosen().int8 == "dot" else 0
 VOID = types.void
+Finish = Callable[[Value], Value]
 
 
 class Integers(Emitter):
@@ -39,18 +40,28 @@ class Integers(Emitter):
         return self.splat(value, HALF)
 
     def halves(self, value: Value, signed: bool = True) -> list[Value]:
-        """16 lanes of int32 as two times 8 of int64."""
-        nothing, out = ir.Constant(INTEGERS, ir.Undefined), []
-        for first in (0, LANES // 2):
-            lanes = ir.Constant(NARROW_HALF, list(range(first, first + LANES // 2)))
-            half = self.builder.shuffle_vector(value, nothing, lanes)
-            out.append(self.builder.sext(half, HALF) if signed else self.builder.zext(half, HALF))
-        return out
+        """16 lanes of int32 as two times 8 of int64: the even ones, and the odd ones.
+
+        Where they are multiplied, the instruction reads the lower half of a lane, and the even ones cost nothing.
+        """
+        both, bits = self.builder.bitcast(value, HALF), self.wide(32)
+        if signed:
+            return [self.builder.ashr(self.builder.shl(both, bits), bits), self.builder.ashr(both, bits)]
+        return [self.builder.and_(both, self.wide(2**32 - 1)), self.builder.lshr(both, bits)]
 
     def joined(self, halves: list[Value]) -> Value:
-        """Two times 8 lanes of int64, their lower 32 bits, as 16 of int32."""
-        narrow = [self.builder.trunc(half, NARROW_HALF) for half in halves]
-        return self.builder.shuffle_vector(*narrow, ir.Constant(INTEGERS, list(range(LANES))))
+        """Even and odd lanes of int64, their lower 32 bits, as 16 of int32."""
+        even = self.builder.and_(halves[0], self.wide(2**32 - 1))
+        return self.builder.bitcast(self.builder.or_(even, self.builder.shl(halves[1], self.wide(32))), INTEGERS)
+
+    def in_order(self, halves: list[Value]) -> list[Value]:
+        """Even and odd lanes as the first eight and the last eight."""
+        return [
+            self.builder.shuffle_vector(
+                *halves, ir.Constant(NARROW_HALF, [first + lane // 2 + lane % 2 * 8 for lane in range(8)])
+            )
+            for first in (0, 4)
+        ]
 
     def least(self, a: Value, b: Value, signed: bool = True) -> Value:
         compare = self.builder.icmp_signed if signed else self.builder.icmp_unsigned
@@ -107,6 +118,25 @@ class Integers(Emitter):
 
         return self.loop(vectors, state, body)
 
+    def once_or_again(
+        self, count: Value, again: Value, again_shift: Value, step: Callable[[Finish, Value], None]
+    ) -> None:
+        """step(finish, first element) over `count` elements: finish requantises 8 bits again unless `again` is 0."""
+        factor = [self.splat(self.builder.trunc(number, I32), INTEGERS) for number in (again, again_shift)]
+
+        def over_rows(finish: Finish) -> None:
+            def body(state: list[Value], at: Value, there: Value) -> list[Value]:
+                step(finish, at)
+                return []
+
+            self.rows(count, [], body)
+
+        with self.builder.if_else(self.builder.icmp_signed("==", again, ir.Constant(I64, 0))) as (once, twice):
+            with once:
+                over_rows(lambda value: value)
+            with twice:
+                over_rows(lambda value: self.clamp(self.scaled(value, *factor), 128))
+
     def total(self, halves: list[Value]) -> Value:
         """Of all int64 lanes."""
         return self.call("llvm.vector.reduce.add.v8i64", I64, [self.builder.add(*halves)])
@@ -117,19 +147,19 @@ class Integers(Emitter):
 
 
 @intrinsic
-def gelu_row(typingctx, sums, count, b, c, one, multiplier, shift, again, again_shift, out):
-    """i-GELU of int32 sums as items; see `integer_lines.gelu_line`. again: 0 for once only."""
+def gelu_row(typingctx, sums, count, b, c, minus_one, multiplier, shift, again, again_shift, out):
+    """i-GELU of int32 sums as items; see `integer_lines.gelu_line`. again: 0 for once only.
+
+    b: int32; c and minus_one: int64, of every 16 the even ones first.
+    """
 
     def code(context, builder, signature, arguments):
-        sums, count, b, c, one, multiplier, shift, again, again_shift, out = arguments
+        sums, count, b, c, minus_one, multiplier, shift, again, again_shift, out = arguments
         emit = Integers(builder)
         low = ir.Constant(I64, GELU_LOW_BITS)
-        once = builder.icmp_signed("==", again, ir.Constant(I64, 0))
-        again, again_shift = (emit.splat(builder.trunc(number, I32), INTEGERS) for number in (again, again_shift))
 
-        def step(state: list[Value], at: Value, mask: Value) -> list[Value]:
-            x, end = emit.numbers(sums, at), emit.row(b, at, HALF, 8)
-            ends = emit.joined([end, emit.row(b, builder.add(at, ir.Constant(I64, LANES // 2)), HALF, 8)])
+        def step(finish: Finish, at: Value) -> None:
+            x, ends = emit.numbers(sums, at), emit.numbers(b, at)
             sign = builder.ashr(x, emit.whole(31))
             size = builder.sub(builder.xor(x, sign), sign)
             from_end = builder.add(emit.least(size, builder.neg(ends)), ends)
@@ -146,19 +176,16 @@ def gelu_row(typingctx, sums, count, b, c, one, multiplier, shift, again, again_
                 polynomial = builder.add(builder.mul(distance, distance), emit.row(c, here, HALF, 8))
                 erf = builder.sub(builder.xor(polynomial, negative), negative)
                 erf = builder.ashr(erf, emit.wide(ERF_SHIFT))
-                grown = builder.add(erf, emit.row(one, here, HALF, 8))
-                grown = emit.builder.sext(builder.trunc(builder.neg(grown), NARROW_HALF), HALF)
+                grown = builder.sub(emit.row(minus_one, here, HALF, 8), erf)  # fits into 32 bits
+                grown = builder.ashr(builder.shl(grown, emit.wide(32)), emit.wide(32))
                 product = builder.mul(value, grown)
                 below = builder.mul(builder.and_(product, emit.wide(2**GELU_LOW_BITS - 1)), factor)
                 total = builder.mul(builder.ashr(product, emit.splat(low, HALF)), factor)
                 total = builder.add(total, builder.lshr(below, emit.splat(low, HALF)))
                 parts.append(emit.shifted(total, builder.sub(bits, emit.splat(low, HALF))))
-            value = emit.clamp(emit.joined(parts), 128)
-            second = emit.clamp(emit.scaled(value, again, again_shift), 128)
-            emit.put_items(builder.select(once, value, second), out, at)
-            return []
+            emit.put_items(finish(emit.clamp(emit.joined(parts), 128)), out, at)
 
-        emit.rows(count, [], step)
+        emit.once_or_again(count, again, again_shift, step)
         return context.get_dummy_value()
 
     return VOID(*[types.int64] * 10), code
@@ -213,7 +240,7 @@ def softmax_row(typingctx, scores, n, ln2, magic, magic_shift, b, c, multiplier,
             narrow = emit.joined([builder.lshr(half, drop) for half in products])
             emit.put(builder.trunc(narrow, ITEMS), probs, at, ITEM_BYTES)
             with builder.if_then(counts):
-                for lane, half in zip((0, LANES // 2), products, strict=True):
+                for lane, half in zip((0, LANES // 2), emit.in_order(products), strict=True):
                     here = builder.add(at, ir.Constant(I64, lane))
                     mass = builder.add(emit.row(received, here, HALF, 8), builder.and_(half, masks))
                     emit.put(mass, received, here, 8)
@@ -276,19 +303,15 @@ def norm_row(typingctx, values, count, factor, bias, multiplier, shift, again, a
         values, count, factor, bias, multiplier, shift, again, again_shift, out = arguments
         emit = Integers(builder)
         factor = emit.splat(builder.sext(builder.trunc(factor, I32), I64), HALF)
-        once = builder.icmp_signed("==", again, ir.Constant(I64, 0))
-        again, again_shift = (emit.splat(builder.trunc(number, I32), INTEGERS) for number in (again, again_shift))
 
-        def step(state: list[Value], at: Value, there: Value) -> list[Value]:
+        def step(finish: Finish, at: Value) -> None:
             halves = emit.halves(emit.numbers(values, at))
             quotient = emit.joined([builder.ashr(builder.mul(half, factor), emit.wide(1)) for half in halves])
             value = builder.add(quotient, emit.numbers(bias, at))
             value = emit.clamp(emit.scaled(value, emit.numbers(multiplier, at), emit.numbers(shift, at)), 128)
-            second = emit.clamp(emit.scaled(value, again, again_shift), 128)
-            emit.put_items(builder.select(once, value, second), out, at)
-            return []
+            emit.put_items(finish(value), out, at)
 
-        emit.rows(count, [], step)
+        emit.once_or_again(count, again, again_shift, step)
         return context.get_dummy_value()
 
     return VOID(*[types.int64] * 9), code
