@@ -98,7 +98,7 @@ def _from_buffers(folder: Path, config: ModelConfig) -> Scales:
                 f"{folder}: quant_mode is true, but {modules[name]} has no x_min and x_max; save the checkpoint with "
                 f"its buffers, or quantise the float one: minilpt quantize MODEL TEXTS --out DIR"
             )
-        largest = max(abs(lowest), abs(highest))
+        largest = np.maximum(abs(lowest), abs(highest))  # NaN stays
         if not UNSET < largest < np.inf:
             raise WeightsError(f"{folder}: {modules[name]} has the range {lowest} to {highest}: training never set it")
         scales[name] = scale_of(largest, bits)

@@ -17,13 +17,14 @@ import checkpoints
 pytest.importorskip("numba", reason="compiled kernels need numba")
 
 TESTS = Path(__file__).parent
+INTEGER = ("integer", "integer_model", "integer_equivalence")
 
 
 @pytest.mark.skipif(isa.VARIABLE in os.environ, reason="one rung was asked for")
 @pytest.mark.parametrize("rung", [rung.name for rung in isa.usable()[1:]])
 def test_kernels_and_equivalence_on_every_other_rung(rung: str) -> None:
     """The highest is what all other tests run on."""
-    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "equivalence", "engines")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "equivalence", "engines", *INTEGER)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env=os.environ | {isa.VARIABLE: rung}, cwd=TESTS.parent, capture_output=True, text=True
