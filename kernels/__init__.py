@@ -34,6 +34,7 @@ COMPILED: Mapping[str, Callable[..., Any]] = {
     "gelu_tanh": compiled.gelu_tanh,
     "relu": compiled.relu,
     "tanh": compiled.tanh,
+    "softmax": compiled.softmax,
     "attention_probs": compiled.attention_probs,
     "attention_mass": compiled.attention_mass,
     "attention_context": compiled.attention_context,

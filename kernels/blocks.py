@@ -20,6 +20,7 @@ import numpy as np
     RUN_CONTEXT,
     RUN_KEEP,
     RUN_MERGE,
+    RUN_SOFTMAX,
     RUN_INTEGER_FORWARD,
     RUN_INTEGER_SUMS,
     RUN_REQUANTIZE,
@@ -28,7 +29,7 @@ import numpy as np
     RUN_INTEGER_NORM,
     RUN_INTEGER_SOFTMAX,
     RUN_INTEGER_KEEP,
-) = range(18)
+) = range(19)
 NONE, GELU, GELU_TANH, RELU, TANH = range(5)
 ACTIVATIONS = {"none": NONE, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "tanh": TANH}
 

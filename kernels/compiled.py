@@ -216,6 +216,14 @@ def tanh(x: Float32) -> Float32:
     return _activated(x, blocks.TANH)
 
 
+def softmax(x: Float32) -> Float32:
+    """Rows that sum to one, along the last axis. x: (N, n). Returns (N, n) float32."""
+    out, scale = np.array(x, np.float32), np.ones(1, np.float32)
+    for row in out:
+        run(blocks.RUN_SOFTMAX, row.ctypes.data, len(row), scale.ctypes.data)
+    return out
+
+
 def probs_stride_bytes(n: int) -> int:
     """Bytes of one row of n probabilities, as `jit.attention.probs_stride` says."""
     return 4 * (padded(n) + LANES)

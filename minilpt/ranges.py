@@ -80,28 +80,45 @@ def quantize_model(model: Classifier, texts: Iterable[Item], out: Path | str, *,
     no integer form.
     """
     target = Path(out)
-    if target.exists():
-        raise InputError(f"{target}: is there already; name a folder that is to be made")
     items = text_items(texts)
-    if len(items) < FEWEST_TEXTS:
-        raise CalibrationError(f"ranges need at least {FEWEST_TEXTS} texts, found {len(items)}")
-    if model.config.quant_mode:
-        raise UnsupportedModelError(f"{model.folder}: quant_mode is true: this model is quantised already")
-    check_supported(model.config)
-    ids, segments = model.encode(items)
+    _check(model, len(items), target)
+    return quantize_sequences(model, *model.encode(items), target, progress=progress)
+
+
+def quantize_sequences(
+    model: Classifier,
+    ids: list[list[int]],
+    segments: list[list[int]],
+    target: Path,
+    *,
+    progress: bool = False,
+    search: bool = True,
+) -> Ranges:
+    """The same for token and segment ids. Without search the ranges of least squared error are taken as they are."""
+    _check(model, len(ids), target)
     weights = dict(checkpoint.load_weights(model.folder, model.config).items())
-    search = _Search(model.config, weights, ids, segments, model.backend.threads)
-    found = search.run(progress)
+    trials = _Search(model.config, weights, ids, segments, model.backend.threads)
+    found = trials.run(progress, search)
     provenance = {
         "method": "ranges of activations chosen by the logits' error (minilpt quantize)",
-        "texts": len(search.ids),
+        "texts": len(trials.ids),
         "held_out_rms": found.held_out_rms,
         "agreement": found.agreement,
         "methods": dict(found.methods),
         "date": datetime.date.today().isoformat(),
     }
-    _write(model, search.folded(found.scales), found.scales, provenance, target)
+    _write(model, trials.folded(found.scales), found.scales, provenance, target)
     return found
+
+
+def _check(model: Classifier, count: int, target: Path) -> None:
+    if target.exists():
+        raise InputError(f"{target}: is there already; name a folder that is to be made")
+    if count < FEWEST_TEXTS:
+        raise CalibrationError(f"ranges need at least {FEWEST_TEXTS} texts, found {count}")
+    if model.config.quant_mode:
+        raise UnsupportedModelError(f"{model.folder}: quant_mode is true: this model is quantised already")
+    check_supported(model.config)
 
 
 class _Search:
@@ -116,6 +133,9 @@ class _Search:
         threads: int,
     ):
         self.config, self.weights = config, weights
+        self._quantized: dict[str, Any] = {
+            name: quantize_rows(tensor) if tensor.ndim == 2 else tensor for name, tensor in weights.items()
+        }
         lengths = np.cumsum([len(row) for row in ids])
         count = max(FEWEST_TEXTS, int(np.searchsorted(lengths, MOST_TOKENS, side="right")))
         self.ids, self.segments = ids[:count], segments[:count]
@@ -125,13 +145,13 @@ class _Search:
         self._backend, self._engine = backend, None  # type: Any, CompiledEngine | None
         self._float = [_logits(config, weights, *texts) for texts in zip(self.ids, self.segments, strict=True)]
 
-    def run(self, progress: bool) -> Ranges:
+    def run(self, progress: bool, search: bool) -> Ranges:
         """Choose every range."""
         options = dict(self._options())
         chosen = {name: ways[0] for name, ways in options.items()}
         even, odd = self.ids[::2], self.ids[1::2]
         best = start = self._error(chosen, even, 0)
-        trials = [(name, way) for name, ways in options.items() for way in ways[1:]]
+        trials = [(name, way) for name, ways in options.items() for way in ways[1:] if search]
         with progress_bar(len(trials), progress) as bar:
             for name, way in trials:
                 error = self._error({**chosen, name: way}, even, 0)
@@ -160,9 +180,10 @@ class _Search:
 
     def _logits(self, chosen: Mapping[str, Range], ids: list[list[int]], first: int) -> Float32:
         scales = self._scales(chosen)
-        weights = {
-            name: quantize_rows(tensor) if tensor.ndim == 2 else tensor for name, tensor in self.folded(scales).items()
-        }
+        weights = dict(self._quantized)
+        for name, tensor in self.folded(scales).items():
+            if tensor is not self.weights[name]:
+                weights[name] = quantize_rows(tensor)
         program = IntegerProgram(self.config, integer_model(self.config, weights, scales))
         if self._engine is None:
             self._engine = CompiledEngine(self.config, program, None, self._backend)

@@ -56,6 +56,8 @@ def _run(operation, arguments):
         attention_context(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8])
     elif operation == blocks.RUN_MERGE:
         merge_rows(a[0], a[1], a[2], view(a[3], a[4], np.float32), a[4], a[5])
+    elif operation == blocks.RUN_SOFTMAX:
+        lines.softmax_line(a[0], a[1], view(a[2], 1, np.float32)[0])
     elif operation == blocks.RUN_KEEP:
         count = view(a[5], 1, np.int64)
         mass, kept = view(a[0], a[1], np.float32), view(a[4], a[1], np.int64)
