@@ -124,10 +124,10 @@ INTEGER_MODEL = _record(
     logits=DYADIC,
 )
 # `minilpt.integer_rules.IntegerRule`: counts: address of (longest text + 1,) int32.
-INTEGER_RULE = _record("kind denominator limit lowest counts")
-# A relative threshold has 30 fractional bits, and masses, below 2^45 for 8,000 tokens, lose 14 bits before they are
-# multiplied by it; nothing that a mass is compared with is more than 2^62.
-MASS_DROP, RELATIVE_BITS, MOST_MASS = 14, 30, 2**62
+INTEGER_RULE = _record("kind denominator limit merge lowest counts")
+# A relative threshold has 30 fractional bits: masses, below 2^45 for 8,000 tokens, lose `integer.MASS_DROP` before they
+# are multiplied by it. Nothing that a mass is compared with is more than 2^62.
+RELATIVE_BITS, MOST_MASS = 30, 2**62
 
 # Scratch memory of an integer-only batch: items in rows `..._stride` bytes apart, `room` for int32 sums.
 INTEGER_WORK = _record(

@@ -26,6 +26,7 @@ SQRT_2 = 1.4142  # as the I-BERT code has it
 ERF_SHIFT = 14  # bits that i-erf drops
 SOFTMAX_BITS, PROB_BITS = 32, 8  # a row of probabilities sums to 2^32 before the last shift, to 2^8 after it
 EXP_OUTPUT_BITS, ACTIVATION_BITS = 16, 8
+MASS_DROP = 14  # bits that masses lose before they are multiplied
 EXP_LOW_BITS, GELU_LOW_BITS = 16, 32  # split off before a product that needs more than 63 bits, see `scaled_wide`
 NORM_BITS = 30  # x / (std sqrt D) of LayerNorm is an integer over 2^30
 TANH_INPUT_BITS, TANH_BITS = 12, 30  # fractional bits of i-tanh's input, and of the exponential inside
@@ -208,6 +209,24 @@ def attention_mass(wide: Int) -> Int:
     Rows sum to 2^32 at most: 2^62 holds 2^30 of them.
     """
     return wide.sum(axis=(0, 1))
+
+
+def merge_weights(mass: Int, keep: NDArray[np.bool_]) -> Int:
+    """What each removed token counts in the one that stands for them, 0 for the kept: its mass less its low bits. (n,).
+
+    mass, keep: (n,). Where nothing is left of the masses, all removed tokens count 1.
+    """
+    weight = np.where(keep, 0, mass >> MASS_DROP)
+    return weight if weight.any() else (~keep).astype(np.int64)
+
+
+def merged_row(rows: Int, weight: Int) -> Int:
+    """The weighted mean of rows, halves up. rows: (..., n, K) of 9 bits, weight: (n,). Returns (..., K) int64.
+
+    Weights are masses below 2^45 less 14 bits: sums over 8,000 tokens stay below 2^54.
+    """
+    total = weight.sum()
+    return (2 * (weight @ rows) + total) // (2 * total)
 
 
 def gelu_constants(scale: Scale, output_scale: Scale) -> Gelu:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, plots, pruning, ragged, threshold_search
+from . import plots, pruning, ragged, threshold_search
 from .api import Classifier, Item, progress_bar, text_items
 from .config import ModelConfig
 from .engine import Forward
@@ -114,7 +114,7 @@ def calibrate(
     labels: Sequence[Any] | None = None,
     seed: int = 0,
     max_texts: int = MOST_TEXTS,
-    merge_removed: bool | None = None,
+    merge_removed: bool = True,
     progress: bool = False,
 ) -> Calibration:
     """Search for per-layer thresholds on unlabelled texts; the model and its own pruning stay as they are.
@@ -126,14 +126,11 @@ def calibrate(
 
     texts: as `Classifier.predict` takes them, each counted once; some hundred from where the model will be used, and of
     more than max_texts a sample. seed decides the sample, the halves and the search's random moves. merge_removed: the
-    tokens that a layer removes go on as one; False is the paper's rule, None takes it where integers cannot merge.
-    Ctrl-C ends the search, and what was found
+    tokens that a layer removes go on as one; False is the paper's rule. Ctrl-C ends the search, and what was found
     until then is returned with a warning. Raises CalibrationError for too few texts and for targets that contradict
     each other or are out of reach, InputError for texts or labels that are none.
     """
     _check_targets(model.config, flops_ratio, agreement, max_drop, labels, seed, max_texts)
-    if merge_removed is None:
-        merge_removed = model.backend.precision not in backends.INTEGER_PRECISIONS
     items = text_items(texts)
     wanted = None if max_drop is None or labels is None else _gold(labels, model.config, len(items))
     search_half, held_out = (_Half(model, merge_removed, *half) for half in _halves(items, wanted, seed, max_texts))

@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    quantization.add_argument(
+        "--by-channel", action=argparse.BooleanOptionalAction, default=True, help="allow scales that differ by channel"
+    )
     _add_progress_option(quantization, "on a terminal")
     quantization.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
     quantization.set_defaults(run=_quantize)
@@ -286,7 +289,7 @@ def _quantize(options: argparse.Namespace) -> None:
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
-    found = quantize_model(model, texts, options.out, progress=wanted)
+    found = quantize_model(model, texts, options.out, by_channel=options.by_channel, progress=wanted)
     record = {
         "rms_of_logits": {"at_first": found.rms_start, "chosen": found.rms, "held_out": found.held_out_rms},
         "agreement": found.agreement,

@@ -101,7 +101,7 @@ class IntegerProgram:
             return Rules(np.zeros(self._config.layers, blocks.INTEGER_RULE))  # of the kind KEEP_ALL
         whole = self.integer_rule(rule)
         records = [
-            (step.kind, step.denominator, step.limit, lowest, counts.ctypes.data)
+            (step.kind, step.denominator, step.limit, step.merge, lowest, counts.ctypes.data)
             for step, lowest, counts in zip(whole.steps, whole.lowest, whole.counts, strict=True)
         ]
         return Rules(np.array(records, blocks.INTEGER_RULE), whole.counts)
@@ -243,4 +243,4 @@ class IntegerProgram:
             4 * compiled.padded(n, columns) + probs + 4 * compiled.padded(self._head_width, columns)
         )
         attention = keys + values + block + 4 * compiled.ALIGNMENT
-        return books + max(attention, 4 * self._config.width, compiled_integer.TILE_BYTES)
+        return books + max(attention, 8 * self._config.width, compiled_integer.TILE_BYTES)

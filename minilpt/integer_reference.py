@@ -99,10 +99,13 @@ def encoder_layer(
     keep = np.ones(len(x), dtype=bool)  # (n,)
     if rule is not None:
         keep = rule.keep(mass, number, n_initial)
-    context = (probs[:, keep] @ split_heads(v, heads)).transpose(1, 0, 2).reshape(keep.sum(), -1)  # (n', D)
+    goes_on, weighed = keep, probs  # (n,), (H, n, n)
+    if rule is not None and rule.merge_removed and not keep.all():
+        x, weighed, goes_on = merge_removed(x, probs, mass, keep)  # (n, D), (H, n, n), (n,)
+    context = (weighed[:, goes_on] @ split_heads(v, heads)).transpose(1, 0, 2).reshape(goes_on.sum(), -1)  # (n', D)
     context = integer.requantize(context, layer.context, ACTIVATION_BITS)
     sums = linear(context, layer.attention_output)  # (n', D)
-    attended = added(sums, layer.attention_sum, x[keep], layer.attention_residual)  # (n', D), 22 bits
+    attended = added(sums, layer.attention_sum, x[goes_on], layer.attention_residual)  # (n', D), 22 bits
     attention_norm = integer.i_layer_norm(attended, layer.attention_norm)
     x = integer.requantize(attention_norm, layer.attention_again, ACTIVATION_BITS)  # (n', D)
     inner = activate(linear(x, layer.inner), activation, layer.activation)  # (n', F)
@@ -125,6 +128,16 @@ def encoder_layer(
         "outer_sum": outer,
         "outer_norm": integer.i_layer_norm(outer, layer.outer_norm),
     }
+
+
+def merge_removed(x: Int, probs: Int, mass: Int, keep: Keep) -> tuple[Int, Int, Keep]:
+    """As `reference.merge_removed`: the removed tokens go on as one, in the place of the first of them."""
+    weight = integer.merge_weights(mass, keep)  # (n,)
+    first = int(np.argmax(~keep))
+    x, probs, goes_on = x.copy(), probs.copy(), keep.copy()
+    x[first], goes_on[first] = integer.merged_row(x, weight), True
+    probs[:, first] = integer.merged_row(probs, weight)
+    return x, probs, goes_on
 
 
 def head(model: IntegerModel, config: ModelConfig, first: Int) -> dict[str, Int]:

@@ -11,10 +11,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import PruningError
 from .kernels import blocks
-from .kernels.blocks import MASS_DROP, MOST_MASS, RELATIVE_BITS
-from .kernels.integer import SOFTMAX_BITS, Int
+from .kernels.blocks import MOST_MASS, RELATIVE_BITS
+from .kernels.integer import MASS_DROP, SOFTMAX_BITS, Int
 from .pruning import KeepRule, Step
 
 Keep = NDArray[np.bool_]
@@ -32,6 +31,11 @@ class IntegerRule:
     lowest: tuple[int, ...]
     counts: NDArray[np.int32]
     of_8_bits: bool = False
+
+    @property
+    def merge_removed(self) -> bool:
+        """Whether the tokens that a layer removes go on as one, see `kernels.integer.merged_row`."""
+        return any(step.merge for step in self.steps)
 
     def keep(self, mass: Int, layer: int, n_initial: int) -> Keep:
         """(n,) bool: the tokens that go on; the first always does. mass: (n,) int64."""
@@ -53,11 +57,7 @@ class IntegerRule:
 
 
 def integer_rule(rule: KeepRule, layers: int, heads: int, max_tokens: int, of_8_bits: bool = False) -> IntegerRule:
-    """A rule as integers. PruningError for one that merges what it removes: merged rows are float sums."""
-    if rule.merge_removed:
-        raise PruningError(
-            'merge_removed works in floating point only; integer-only inference takes "merge_removed": false'
-        )
+    """A rule as integers."""
     steps = tuple(rule.step(layer) if rule.active(layer) else Step() for layer in range(layers))
     counts = np.ones((layers, max_tokens + 1), np.int32)
     for layer, step in enumerate(steps):

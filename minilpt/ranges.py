@@ -71,18 +71,21 @@ class Ranges:
     agreement: float | None
 
 
-def quantize_model(model: Classifier, texts: Iterable[Item], out: Path | str, *, progress: bool = False) -> Ranges:
+def quantize_model(
+    model: Classifier, texts: Iterable[Item], out: Path | str, *, by_channel: bool = True, progress: bool = False
+) -> Ranges:
     """Write a folder for precision "ibert": int8 weights, integer.json, and the rest of the model's folder.
 
     texts: at least 16, of the kind that the model will see, no labels. The folder appears when it is whole; where
-    scales differ by channel its config.json says quant_mode, since its weights are then for integers only.
+    scales differ by channel its config.json says quant_mode, since its weights are then for integers only. With
+    by_channel=False they never do, and the new integer.json also fits into the model's own folder.
     Raises CalibrationError for too few texts, InputError if `out` is there, UnsupportedModelError for models that have
     no integer form.
     """
     target = Path(out)
     items = text_items(texts)
     _check(model, len(items), target)
-    return quantize_sequences(model, *model.encode(items), target, progress=progress)
+    return quantize_sequences(model, *model.encode(items), target, by_channel=by_channel, progress=progress)
 
 
 def quantize_sequences(
@@ -91,14 +94,15 @@ def quantize_sequences(
     segments: list[list[int]],
     target: Path,
     *,
-    progress: bool = False,
+    by_channel: bool = True,
     search: bool = True,
+    progress: bool = False,
 ) -> Ranges:
     """The same for token and segment ids. Without search the ranges of least squared error are taken as they are."""
     _check(model, len(ids), target)
     weights = dict(checkpoint.load_weights(model.folder, model.config).items())
     trials = _Search(model.config, weights, ids, segments, model.backend.threads)
-    found = trials.run(progress, search)
+    found = trials.run(by_channel, search, progress)
     provenance = {
         "method": "ranges of activations chosen by the logits' error (minilpt quantize)",
         "texts": len(trials.ids),
@@ -145,9 +149,9 @@ class _Search:
         self._backend, self._engine = backend, None  # type: Any, CompiledEngine | None
         self._float = [_logits(config, weights, *texts) for texts in zip(self.ids, self.segments, strict=True)]
 
-    def run(self, progress: bool, search: bool) -> Ranges:
+    def run(self, by_channel: bool, search: bool, progress: bool) -> Ranges:
         """Choose every range."""
-        options = dict(self._options())
+        options = dict(self._options(by_channel))
         chosen = {name: ways[0] for name, ways in options.items()}
         even, odd = self.ids[::2], self.ids[1::2]
         best = start = self._error(chosen, even, 0)
@@ -198,7 +202,7 @@ class _Search:
         exponents = {name: way.exponents for name, way in chosen.items() if way.exponents is not None}
         return Scales(scales, exponents, from_file=True)
 
-    def _options(self) -> Iterator[tuple[str, list[Range]]]:
+    def _options(self, by_channel: bool) -> Iterator[tuple[str, list[Range]]]:
         """The ways to quantise each activation, the likeliest first."""
         bits = activation_names(self.config)
         for name, values in _activations(self.config, self.weights, self.ids, self.segments):
@@ -206,7 +210,7 @@ class _Search:
                 largest = np.abs(values).max() * np.float32(WIDE_MARGIN)
                 yield name, [Range("max", scale_of(largest, bits[name]))]
             else:
-                yield name, list(_ranges(values, by_channel=name.endswith("norm")))
+                yield name, list(_ranges(values, by_channel and name.endswith("norm")))
 
 
 def _ranges(values: Float32, by_channel: bool) -> Iterator[Range]:

@@ -32,6 +32,9 @@ RULES: dict[str, dict[str, Any] | None] = {
     "limited": {"rule": "threshold", "thresholds": [0.05] * 4, "score_denominator": "live", "denominator_limit": 20},
     "relative": {"rule": "relative", "token_threshold": 0.3},
     "topk": {"rule": "topk", "token_keep_rate": 0.4},
+    "merged": {"rule": "threshold", "thresholds": [0.7, 0.6, 0.8, 0.9], "score_denominator": 1, "merge_removed": True},
+    "merged to two": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1, "merge_removed": True},
+    "merged topk": {"rule": "topk", "token_keep_rate": 0.4, "merge_removed": True},
     "first only": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1},
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -323,10 +326,7 @@ def test_without_ranges_it_says_how_to_get_them(tmp_path: Path) -> None:
         minilpt.load(folder, precision="ibert")
 
 
-def test_what_integers_cannot_do_is_refused(quantised: Quantised, tmp_path: Path) -> None:
-    folder = quantised("bert")
-    with pytest.raises(minilpt.PruningError, match="merge_removed"):
-        minilpt.load(folder, precision="ibert", pruning=RULES["threshold"] | {"merge_removed": True})  # type: ignore
+def test_what_integers_cannot_do_is_refused(tmp_path: Path) -> None:
     content = checkpoints.config(hidden_act="gelu_new")
     other = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "tanh", content))
     with pytest.raises(minilpt.UnsupportedModelError, match="gelu_tanh as activation"):

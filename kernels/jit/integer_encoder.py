@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import blocks
 from ..blocks import QUERIES, ROWS_OF_BLOCK
+from ..integer import MASS_DROP
 from ..isa import LANES
 from . import integer_lines as lines
 from .encoder import chunk_end, initial_length
@@ -124,7 +125,16 @@ def full_layer(model, layer, number, batch, work, bounds, after, scratch, thread
                 found = keep(mass, n, rule, initial_length(batch, s), bounds[s], kept, count)
                 if batch.masses and thread == 0:
                     trace(batch, number, bounds[s], n, mass, kept, count, found)
-                attend_kept(model, layer, work, place, n, kept, count, found, bounds[s], room, thread, threads)
+                merged = -1
+                if rule.merge and found < n:
+                    merged = merge(mass, n, kept, count, found, bounds[s])
+                    found += 1
+                    if thread == 0:
+                        x = work.x + bounds[s] * work.x_stride
+                        merge_rows(x, work.x_stride, model.width, mass, n, merged, room)
+                attend_kept(
+                    model, layer, work, place, n, kept, count, found, bounds[s], mass, merged, room, thread, threads
+                )
             count += found
             after[s + 1] = after[s] + found
         wait(work, threads)
@@ -159,7 +169,7 @@ def keep(mass, n, rule, n_initial, offset, kept, at):
         z = min(n if rule.denominator == blocks.LIVE else z, rule.limit)
         lowest = min(rule.lowest, blocks.MOST_MASS // z) * z
     elif rule.kind == blocks.RELATIVE:
-        drop, up = blocks.MASS_DROP, blocks.RELATIVE_BITS
+        drop, up = MASS_DROP, blocks.RELATIVE_BITS
         most = np.int64(0)
         for k in range(n):
             most = max(most, mass[k] >> drop)
@@ -184,6 +194,54 @@ def _keep_largest(mass, n, wanted, offset, kept, at):
             kept[at + count] = offset + k
             count += 1
     return count
+
+
+@compiled
+def merge(mass, n, kept, at, count, offset):
+    """Let the removed tokens go on as one, in the place of the first of them: its place among all, which is returned.
+
+    mass: (n,) int64, becomes what `integer.merge_weights` says; kept[at : at + count]: as `keep` left it, with at least
+    one token removed; the merged one's place is put in.
+    """
+    total, first, place = np.int64(0), -1, at
+    for k in range(n):
+        if place < at + count and kept[place] == offset + k:
+            mass[k] = 0
+            place += 1
+        else:
+            mass[k] = mass[k] >> MASS_DROP
+            total += mass[k]
+            first = k if first < 0 else first
+    place = at
+    for k in range(n):
+        if place < at + count and kept[place] == offset + k:
+            place += 1
+        elif total == 0:
+            mass[k] = 1
+    for place in range(at + count, at + first, -1):
+        kept[place] = kept[place - 1]
+    kept[at + first] = offset + first
+    return first
+
+
+@compiled
+def merge_rows(rows, stride, width, weight, n, first, room):
+    """Row `first` becomes the weighted mean of n rows of items, halves up; rows before it have no weight.
+
+    room: (width,) int64. What all items have too much for their values, the mean has too.
+    """
+    sums, total = view(room, width, np.int64), np.int64(0)
+    for i in range(width):
+        sums[i] = 0
+    for k in range(first, n):
+        if weight[k]:
+            items = view(rows + k * stride, width, lines.ITEM)
+            total += weight[k]
+            for i in range(width):
+                sums[i] += weight[k] * np.int64(items[i])
+    target = view(rows + first * stride, width, lines.ITEM)
+    for i in range(width):
+        target[i] = (2 * sums[i] + total) // (2 * total)
 
 
 @compiled
@@ -287,18 +345,21 @@ def score(model, layer, work, qkv, n, received, room, thread, threads):
 
 
 @compiled
-def attend_kept(model, layer, work, qkv, n, kept, row, count, first, room, thread, threads):
+def attend_kept(model, layer, work, qkv, n, kept, row, count, first, weight, merged, room, thread, threads):
     """Contexts of one sequence's kept rows from the probabilities that `score` left; work.context has them from `row` on.
 
-    The rows are kept[row : row + count], of which `first` is the sequence's row 0.
+    The rows are kept[row : row + count], of which `first` is the sequence's row 0. merged: the place of the one that
+    stands for the removed ones, which count there as `weight` says, or -1.
     """
     line, width = probs_stride(n), model.head_width
-    _, values, sums = rooms(room, n, width)
+    free, values, sums = rooms(room, n, width)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
         _, _, v = head_places(model, work, qkv, h)
         pack_values(v, work.query_key_value_stride, n, width, values)
         probs = work.probs + h * work.probs_bytes
+        if merged >= 0:
+            merge_rows(probs, line, n, weight, n, merged, free)
         for at in range(count):
             source = kept[row + at] - first
             if source != at:
