@@ -26,6 +26,7 @@ ITEMS = ir.VectorType(ITEM, LANES)
 ITEM_ZERO = 128 if chosen().int8 == "dot" else 0
 VOID = types.void
 Finish = Callable[[Value], Value]
+Step = Callable[[list[Value], Value, Value | None], list[Value]]
 
 
 class Integers(Emitter):
@@ -74,14 +75,15 @@ class Integers(Emitter):
         """Into [-most, most - 1], int32."""
         return self.least(self.most(value, self.whole(-most)), self.whole(most - 1))
 
-    def shifted(self, product: Value, shift: Value) -> Value:
-        """product / 2^shift, rounded, in 8 lanes; never exactly half of a unit."""
+    def shifted(self, product: Value, less: Value) -> Value:
+        """product / 2^(less + 1), rounded, in 8 lanes; never exactly half of a unit."""
         one = self.wide(1)
-        return self.builder.ashr(self.builder.add(self.builder.ashr(product, self.builder.sub(shift, one)), one), one)
+        return self.builder.ashr(self.builder.add(self.builder.ashr(product, less), one), one)
 
     def scaled(self, value: Value, multiplier: Value, shift: Value) -> Value:
         """Round(value * multiplier / 2^shift), 16 lanes of int32 each."""
-        parts = zip(self.halves(value), self.halves(multiplier), self.halves(shift, signed=False), strict=True)
+        less = self.halves(self.builder.sub(shift, self.whole(1)), signed=False)
+        parts = zip(self.halves(value), self.halves(multiplier), less, strict=True)
         return self.joined([self.shifted(self.builder.mul(x, m), s) for x, m, s in parts])
 
     def row(self, address: Value, at: Value, kind: Value, size: int) -> Value:
@@ -107,16 +109,18 @@ class Integers(Emitter):
         """16 int32 values of 8 bits as items."""
         self.put(self.builder.trunc(self.builder.add(values, self.whole(ITEM_ZERO)), ITEMS), address, at, ITEM_BYTES)
 
-    def rows(self, count: Value, state: list[Value], step: Callable[[list[Value], Value, Value], list[Value]]) -> list:
-        """Fold step(state, first element, lanes that are there) over the vectors of `count` elements."""
-        lanes = ir.Constant(I64, LANES)
-        vectors = self.builder.sdiv(self.builder.add(count, ir.Constant(I64, LANES - 1)), lanes)
+    def rows(self, count: Value, state: list[Value], step: Step) -> list[Value]:
+        """Fold step(state, first element, lanes that are there) over the vectors of `count` elements.
 
-        def body(index: Value, state: list[Value]) -> list[Value]:
-            at = self.builder.mul(index, lanes)
-            return step(state, at, self.lanes_below(at, count))
-
-        return self.loop(vectors, state, body)
+        The lanes are None in whole vectors, and what is left of the last one behind them.
+        """
+        builder, lanes = self.builder, ir.Constant(I64, LANES)
+        whole = builder.sdiv(count, lanes)
+        state = self.loop(whole, state, lambda index, state: step(state, builder.mul(index, lanes), None))
+        at = builder.mul(whole, lanes)
+        tails = builder.zext(builder.icmp_signed("<", at, count), I64)  # none or one
+        there = self.lanes_below(at, count)
+        return self.loop(tails, state, lambda index, state: step(state, at, there))
 
     def once_or_again(
         self, count: Value, again: Value, again_shift: Value, step: Callable[[Finish, Value], None]
@@ -125,7 +129,7 @@ class Integers(Emitter):
         factor = [self.splat(self.builder.trunc(number, I32), INTEGERS) for number in (again, again_shift)]
 
         def over_rows(finish: Finish) -> None:
-            def body(state: list[Value], at: Value, there: Value) -> list[Value]:
+            def body(state: list[Value], at: Value, there: Value | None) -> list[Value]:
                 step(finish, at)
                 return []
 
@@ -141,9 +145,9 @@ class Integers(Emitter):
         """Of all int64 lanes."""
         return self.call("llvm.vector.reduce.add.v8i64", I64, [self.builder.add(*halves)])
 
-    def only(self, mask: Value, value: Value) -> Value:
+    def only(self, there: Value | None, value: Value) -> Value:
         """Zero where there is no lane."""
-        return self.builder.select(mask, value, self.whole(0))
+        return value if there is None else self.builder.select(there, value, self.whole(0))
 
 
 @intrinsic
@@ -167,11 +171,11 @@ def gelu_row(typingctx, sums, count, b, c, minus_one, multiplier, shift, again, 
             lines = zip(
                 *(emit.halves(value) for value in (x, sign, from_end)),
                 emit.halves(emit.numbers(multiplier, at), signed=False),
-                emit.halves(emit.numbers(shift, at), signed=False),
+                emit.halves(builder.sub(emit.numbers(shift, at), emit.whole(GELU_LOW_BITS + 1)), signed=False),
                 (0, LANES // 2),
                 strict=True,
             )
-            for value, negative, distance, factor, bits, lane in lines:
+            for value, negative, distance, factor, less, lane in lines:
                 here = builder.add(at, ir.Constant(I64, lane))
                 polynomial = builder.add(builder.mul(distance, distance), emit.row(c, here, HALF, 8))
                 erf = builder.sub(builder.xor(polynomial, negative), negative)
@@ -182,7 +186,7 @@ def gelu_row(typingctx, sums, count, b, c, minus_one, multiplier, shift, again, 
                 below = builder.mul(builder.and_(product, emit.wide(2**GELU_LOW_BITS - 1)), factor)
                 total = builder.mul(builder.ashr(product, emit.splat(low, HALF)), factor)
                 total = builder.add(total, builder.lshr(below, emit.splat(low, HALF)))
-                parts.append(emit.shifted(total, builder.sub(bits, emit.splat(low, HALF))))
+                parts.append(emit.shifted(total, less))
             emit.put_items(finish(emit.clamp(emit.joined(parts), 128)), out, at)
 
         emit.once_or_again(count, again, again_shift, step)
@@ -203,17 +207,18 @@ def softmax_row(typingctx, scores, n, ln2, magic, magic_shift, b, c, multiplier,
         emit = Integers(builder)
         lowest = emit.whole(-(2**31))
 
-        def highest(state: list[Value], at: Value, there: Value) -> list[Value]:
-            return [emit.most(state[0], builder.select(there, emit.numbers(scores, at), lowest))]
+        def highest(state: list[Value], at: Value, there: Value | None) -> list[Value]:
+            x = emit.numbers(scores, at)
+            return [emit.most(state[0], x if there is None else builder.select(there, x, lowest))]
 
         peak = emit.call("llvm.vector.reduce.smax.v16i32", I32, emit.rows(n, [lowest], highest))
         narrow = [emit.splat(builder.trunc(number, I32), INTEGERS) for number in (ln2, b, c)]
         wide = [emit.splat(builder.zext(builder.trunc(number, I32), I64), HALF) for number in (magic, multiplier)]
-        wide += [emit.splat(number, HALF) for number in (shift, magic_shift)]
+        wide += [emit.splat(number, HALF) for number in (builder.sub(shift, ir.Constant(I64, 1)), magic_shift)]
         far = builder.trunc(builder.mul(ln2, ir.Constant(I64, EXP_BITS)), I32)
         peak, far = emit.splat(peak, INTEGERS), emit.splat(far, INTEGERS)
 
-        def exponential(state: list[Value], at: Value, there: Value) -> list[Value]:
+        def exponential(state: list[Value], at: Value, there: Value | None) -> list[Value]:
             q = emit.least(builder.sub(peak, emit.numbers(scores, at)), far, signed=False)
             turns = [builder.lshr(builder.mul(half, wide[0]), wide[3]) for half in emit.halves(q, False)]
             r = builder.sub(q, builder.mul(narrow[0], emit.joined(turns)))
@@ -221,8 +226,8 @@ def softmax_row(typingctx, scores, n, ln2, magic, magic_shift, b, c, multiplier,
             polynomial = emit.most(polynomial, emit.whole(0))
             parts = []
             for half, z in zip(emit.halves(polynomial, signed=False), turns, strict=True):
-                bits = emit.least(builder.add(wide[2], z), emit.wide(63))
-                parts.append(emit.shifted(builder.mul(half, wide[1]), bits))
+                less = emit.least(builder.add(wide[2], z), emit.wide(62))
+                parts.append(emit.shifted(builder.mul(half, wide[1]), less))
             power = emit.least(emit.joined(parts), emit.whole(2 ** (EXP_OUTPUT_BITS - 1) - 1))
             power = emit.only(there, power)
             emit.put(power, scores, at, 4)
@@ -234,7 +239,7 @@ def softmax_row(typingctx, scores, n, ln2, magic, magic_shift, b, c, multiplier,
         drop, masks = emit.wide(SOFTMAX_BITS - PROB_BITS), emit.splat(mask, HALF)
         counts = builder.icmp_signed("!=", received, ir.Constant(I64, 0))
 
-        def normal(state: list[Value], at: Value, there: Value) -> list[Value]:
+        def normal(state: list[Value], at: Value, there: Value | None) -> list[Value]:
             powers = emit.halves(emit.numbers(scores, at), signed=False)
             products = [builder.mul(half, factor) for half in powers]
             narrow = emit.joined([builder.lshr(half, drop) for half in products])
@@ -261,7 +266,7 @@ def add_row(typingctx, sums, multiplier, shift, residual, second, second_shift, 
         emit = Integers(builder)
         bound = emit.splat(builder.trunc(most, I32), INTEGERS)
 
-        def step(state: list[Value], at: Value, there: Value) -> list[Value]:
+        def step(state: list[Value], at: Value, there: Value | None) -> list[Value]:
             value = emit.scaled(emit.numbers(sums, at), emit.numbers(multiplier, at), emit.numbers(shift, at))
             item = emit.scaled(emit.values(residual, at), emit.numbers(second, at), emit.numbers(second_shift, at))
             value = emit.most(builder.add(value, item), builder.neg(bound))
@@ -284,7 +289,7 @@ def square_row(typingctx, values, count, mean, drop):
         mean = emit.splat(builder.trunc(mean, I32), INTEGERS)
         drop = emit.splat(builder.trunc(drop, I32), INTEGERS)
 
-        def step(state: list[Value], at: Value, there: Value) -> list[Value]:
+        def step(state: list[Value], at: Value, there: Value | None) -> list[Value]:
             value = emit.only(there, builder.sub(emit.numbers(values, at), mean))
             emit.put(value, values, at, 4)
             halves = emit.halves(builder.ashr(value, drop))
