@@ -34,7 +34,7 @@ from minilpt.tasks import TASKS, gold, read_examples
 
 from . import files, workloads
 from .processes import ROOT
-from .pruning_study import BISECTED_TEXTS, MOST_DEV, Measured, _difference, _sample, met
+from .pruning_study import MOST_DEV, Measured, _difference, _sample
 
 RESULTS = ROOT / "benchmarks" / "results" / "integer.json"
 PREPARED = ROOT / "benchmarks" / "prepared"
@@ -72,7 +72,6 @@ def accuracy(work: Path, name: str) -> dict[str, Any]:
             assert floats.pruning is not None
             for title, model in (("float32", floats), ("integers", integers)):
                 runs[f"{kind}, {title}, pruned"] = (model, floats.pruning)
-                runs[f"{kind}, {title}, pruned to 1 / 1.9"] = (model, _scaled(model, floats.pruning, unlabelled))
         if kind == "plain" or "plain" not in sources:
             calibration = minilpt.calibrate(integers.with_pruning(None), unlabelled, flops_ratio=FLOPS)
             runs[f"{kind}, integers, calibrated"] = (integers, _rule(calibration))
@@ -89,16 +88,6 @@ def accuracy(work: Path, name: str) -> dict[str, Any]:
             "agreement": found.agreement,
         }
     return {"texts": len(dev), "unlabelled": len(unlabelled), "rows": rows}
-
-
-def _scaled(model: minilpt.Classifier, pruning: Any, texts: list[Any]) -> Any:
-    """The learned thresholds times the factor that meets FLOPS on unlabelled texts."""
-    stored = pruning.settings["thresholds"]
-
-    def rule(factor: float) -> Any:
-        return {"rule": pruning.name, **pruning.settings, "thresholds": [factor * value for value in stored]}
-
-    return met(FLOPS, 0.1, 8.0, rule, lambda rule: Measured(model, rule, texts[:BISECTED_TEXTS]).counted)
 
 
 def _rule(calibration: minilpt.Calibration) -> Mapping[str, Any]:

@@ -36,7 +36,10 @@ MOST_SHIFT = 62
 
 
 class Dyadic(NamedTuple):
-    """multiplier / 2^shift, |multiplier| < 2^31, 1 <= shift <= 62: both int64, one number or one for each channel."""
+    """multiplier / 2^shift, |multiplier| < 2^31: both int64, one number or one for each channel.
+
+    1 <= shift <= 62, or as much more on both sides as `dyadic` is told.
+    """
 
     multiplier: Int
     shift: Int
@@ -74,21 +77,23 @@ class Norm(NamedTuple):
     output: Dyadic
 
 
-def dyadic(ratio: Scale) -> Dyadic:
+def dyadic(ratio: Scale, low_bits: int = 0) -> Dyadic:
     """The nearest number with a mantissa of 31 bits, halves away from zero, to each ratio (float64).
 
-    ValueError where a ratio is not finite or is 2^30 or more: its shift would be none. A ratio too small to make one of
-    any integer below 2^31 becomes 0.
+    It multiplies integers below 2^(31 + low_bits), see `scaled_wide`; a ratio too small to make one of any of them
+    becomes 0. ValueError where a ratio is not finite, or is 2^(30 - low_bits) or more: no shift would be left.
     """
+    if not np.isfinite(ratio).all():
+        raise ValueError(f"a ratio of scales must be finite, found {ratio}")
     mantissa, exponent = np.frexp(np.asarray(ratio, np.float64))
     whole = (np.copysign(np.floor(np.abs(mantissa) * 2.0**MANTISSA_BITS + 0.5), mantissa)).astype(np.int64)
     full = np.abs(whole) == 2**MANTISSA_BITS
     whole, exponent = np.where(full, whole // 2, whole), np.where(full, exponent + 1, exponent).astype(np.int64)
     shift = MANTISSA_BITS - exponent
-    if not np.isfinite(ratio).all() or (shift < 1).any():
-        raise ValueError(f"a ratio of scales must be below 2^30, found {np.max(np.abs(ratio))}")
-    tiny = shift > MOST_SHIFT
-    return Dyadic(np.where(tiny, 0, whole), np.where(tiny, MOST_SHIFT, shift))
+    if (shift <= low_bits).any():
+        raise ValueError(f"a ratio of scales must be below 2^{30 - low_bits}, found {np.max(np.abs(ratio))}")
+    tiny = shift > MOST_SHIFT + low_bits
+    return Dyadic(np.where(tiny, 0, whole), np.where(tiny, MOST_SHIFT + low_bits, shift))
 
 
 def scaled(x: Int, factor: Dyadic) -> Int:
@@ -150,7 +155,7 @@ def exp_constants(scale: Scale, output_scale: Scale) -> Exp:
     if not (np.all(square * 2.0**47 > 2.8) and np.all(scale < -MINUS_LN_2)):
         raise ValueError(f"i-exp needs a scale between 1.5e-7 and 0.69, found {np.min(scale)} to {np.max(scale)}")
     ratio = np.float64(exp_unit(scale)) / np.float64(output_scale)
-    output = dyadic(ratio * 2.0**EXP_BITS)
+    output = dyadic(ratio * 2.0**EXP_BITS, EXP_LOW_BITS)
     return Exp(_floor(inverse * MINUS_LN_2), _floor(inverse * (b / a)), _floor((1 / square) * (c / a)), output)
 
 
@@ -190,12 +195,13 @@ def i_exp(q: Int, constants: Exp) -> Int:
 def i_softmax(x: Int, constants: Exp) -> Int:
     """Rows of probabilities that sum to 2^32 at most (section 3.5), before `probs_of` shifts them. (..., n) int64.
 
+    A certain key gets 2^32 - 1 where the I-BERT code can give it 2^32, whose 8-bit probability would have 9 bits.
     x: (..., n) int32. Differences from the maximum have 33 bits; exponentials at most 15 bits, their sums 15 + log2(n);
     exponential times 2^32 // sum is 2^32 at most.
     """
     exp = clamped(i_exp(x - x.max(axis=-1, keepdims=True).astype(np.int64), constants), EXP_OUTPUT_BITS)
     total = exp.sum(axis=-1, keepdims=True)
-    return exp * ((1 << SOFTMAX_BITS) // total)
+    return np.minimum(exp * ((1 << SOFTMAX_BITS) // total), (1 << SOFTMAX_BITS) - 1)
 
 
 def probs_of(wide: Int) -> Int:
@@ -242,7 +248,7 @@ def gelu_constants(scale: Scale, output_scale: Scale) -> Gelu:
     one = np.floor_divide(1.0, erf_scale).astype(np.int64)
     gelu_scale = scale * erf_scale / 2
     # The scale is negative, as erf's `a`: both factors change their sign.
-    return Gelu(b, c, one, dyadic(-np.float64(gelu_scale) / np.float64(output_scale)))
+    return Gelu(b, c, one, dyadic(-np.float64(gelu_scale) / np.float64(output_scale), GELU_LOW_BITS))
 
 
 def i_gelu(x: Int, constants: Gelu) -> Int:

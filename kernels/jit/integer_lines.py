@@ -22,6 +22,7 @@ ITEM = np.uint8 if ITEM_BYTES == 1 else np.int16
 ITEM_ZERO = 128 if chosen().int8 == "dot" else 0  # the item of an 8-bit 0
 NORM_MOST = 2 ** (22 - 1)
 EXP_MOST = 2 ** (integer.EXP_OUTPUT_BITS - 1) - 1
+MOST_PROB = (1 << SOFTMAX_BITS) - 1
 EXP_LOW_MASK, GELU_LOW_MASK = (1 << EXP_LOW_BITS) - 1, (1 << GELU_LOW_BITS) - 1
 _TANH = integer.tanh_constants()
 TANH_LN2, TANH_B, TANH_C = -int(_TANH.ln2), int(_TANH.b), int(_TANH.c)
@@ -191,13 +192,13 @@ def softmax_line(scores, n, exp, probs, padded, received, mask):
         total += power
     factor = (np.int64(1) << SOFTMAX_BITS) // total
     for k in range(n):
-        items[k] = (np.int64(x[k]) * factor) >> (SOFTMAX_BITS - PROB_BITS)
+        items[k] = min(np.int64(x[k]) * factor, MOST_PROB) >> (SOFTMAX_BITS - PROB_BITS)
     for k in range(n, padded):
         items[k] = 0
     if received:
         mass = view(received, n, np.int64)
         for k in range(n):
-            mass[k] += (np.int64(x[k]) * factor) & mask
+            mass[k] += min(np.int64(x[k]) * factor, MOST_PROB) & mask
 
 
 @compiled

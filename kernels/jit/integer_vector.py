@@ -241,7 +241,7 @@ def softmax_row(typingctx, scores, n, ln2, magic, magic_shift, b, c, multiplier,
 
         def normal(state: list[Value], at: Value, there: Value | None) -> list[Value]:
             powers = emit.halves(emit.numbers(scores, at), signed=False)
-            products = [builder.mul(half, factor) for half in powers]
+            products = [emit.least(builder.mul(half, factor), emit.wide(2**SOFTMAX_BITS - 1)) for half in powers]
             narrow = emit.joined([builder.lshr(half, drop) for half in products])
             emit.put(builder.trunc(narrow, ITEMS), probs, at, ITEM_BYTES)
             with builder.if_then(counts):
