@@ -34,20 +34,21 @@ from minilpt.tasks import TASKS, gold, read_examples
 
 from . import files, workloads
 from .processes import ROOT
-from .pruning_study import MOST_DEV, Measured, _difference, _sample
+from .pruning_study import MOST_DEV, Measured, difference, sample
 
 RESULTS = ROOT / "benchmarks" / "results" / "integer.json"
 PREPARED = ROOT / "benchmarks" / "prepared"
 FLOPS = 1 / 1.9
 TASK_OF = {"sst-2": "sst-2", "mrpc": "mrpc", "nli": "mnli"}
 SEQUENCES, ROUNDS = {"minilm-l6": 512, "roberta-base": 128}, 9
+_ALIVE: list[Any] = []  # what timed calls point to
 RANGE_SEQUENCES = 32  # that the ranges of random weights are read from
 
 
 def accuracy(work: Path, name: str) -> dict[str, Any]:
     """The rows of one task: metric, counted FLOPs, points lost against the float32 model with 95 % of a bootstrap."""
     task = TASKS[TASK_OF[name]]
-    dev = _sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
+    dev = sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
     unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
     learned = "minilm-l6-ltp-sst2" if name == "sst-2" else work / name / "learned"
     sources: dict[str, Any] = {"plain": work / name / "plain", "learned": learned}
@@ -79,7 +80,7 @@ def accuracy(work: Path, name: str) -> dict[str, Any]:
             measured = Measured(model, rule, texts)
             reference = reference or measured
             metrics = {metric: METRICS[metric](measured.answers, wanted) for metric in task.metrics}
-            lost = _difference(measured.answers, reference.answers, wanted, task)
+            lost = difference(measured.answers, reference.answers, wanted, task)
             rows[title] = metrics | {"counted": measured.counted, "lost": lost}
             print(f"{name}: {title}: {metrics}, {measured.counted:.3f}, lost {lost[0]:.2f}", flush=True)
         rows[f"{kind}, quantising"] = {
@@ -102,9 +103,9 @@ def speed(shape: str) -> dict[str, Any]:
     rows = sorted(workloads.sequences(shape, "mnli", SEQUENCES[shape]), key=len)
     with tempfile.TemporaryDirectory() as room:
         target = Path(room, "integer")
-        sample = rows[:: max(1, len(rows) // RANGE_SEQUENCES)][:RANGE_SEQUENCES]
+        few = rows[:: max(1, len(rows) // RANGE_SEQUENCES)][:RANGE_SEQUENCES]
         plain = minilpt.load(folder, pruning=None)
-        ranges.quantize_sequences(plain, sample, [[0] * len(row) for row in sample], target, search=False)
+        ranges.quantize_sequences(plain, few, [[0] * len(row) for row in few], target, search=False)
         models = {name: minilpt.load(folder, precision=name, pruning=None) for name in ("fp32", "int8")}
         models["ibert"] = minilpt.load(target, precision="ibert", pruning=None)
     logits = {name: model.forward(rows).logits for name, model in models.items()}
@@ -157,13 +158,10 @@ def _call(operation: int, *arguments: int) -> Callable[[], None]:
     """One call of a compiled operation, without the wrapper that `compiled.run` is."""
     block = np.array(arguments + (0,) * (10 - len(arguments)), np.int64)
     ignored = (ctypes.c_void_p * 2)()
-    entry, place = compiled._entry(compiled.part_of(operation)), ctypes.addressof(ignored)
+    entry, place = compiled.entry(compiled.part_of(operation)), ctypes.addressof(ignored)
     call = partial(entry, place, place + 8, operation, block.ctypes.data)
     _ALIVE.extend([block, ignored])
     return call
-
-
-_ALIVE: list[Any] = []
 
 
 def _gelu_rows(count: int, draw: Any, kept: list[Any]) -> Row:

@@ -1,4 +1,4 @@
-"""Tables of docs/integer-arithmetic.md and of the README, from results/integer.json.
+"""Tables of docs/integer-arithmetic.md, from results/integer.json.
 
 python -m benchmarks.integer_report
 """

@@ -88,7 +88,7 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
     source = SOURCES[name]
     task = TASKS[source.task]
     plain, learned = (minilpt.load(work / name / kind) for kind in ("plain", "learned"))
-    dev = _sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
+    dev = sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
     unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
     texts, wanted = [each.text for each in dev], gold(dev, task, plain.config.labels)
     began = time.perf_counter()
@@ -146,7 +146,7 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
             points.append(
                 {"share": share, "counted": measured.counted, "executed": measured.executed, "gflops": measured.gflops}
                 | _scores(measured, task, wanted)
-                | {"difference": _difference(measured.answers, dense["plain"].answers, wanted, task)}
+                | {"difference": difference(measured.answers, dense["plain"].answers, wanted, task)}
             )
             if share == TIMED_AT:
                 record["rules"][method] = rule
@@ -159,7 +159,7 @@ def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
     return record
 
 
-def _sample(examples: list[Example], count: int) -> list[Example]:
+def sample(examples: list[Example], count: int) -> list[Example]:
     """Evenly spaced rows of the file."""
     if len(examples) <= count:
         return examples
@@ -175,7 +175,7 @@ def _scores(measured: Measured, task: Task, wanted: NDArray[np.floating]) -> dic
     return {name: METRICS[name](measured.answers, wanted) for name in task.metrics} | {"standard_error": spread}
 
 
-def _difference(
+def difference(
     answers: NDArray[np.floating], dense: NDArray[np.floating], wanted: NDArray[np.floating], task: Task
 ) -> list[float]:
     """Lost points of the first metric against the plain dense model: estimate, and 95 % of a paired bootstrap."""

@@ -90,7 +90,7 @@ WORK = _record(
 # memory as the rung's products read it: an item.
 # usual: whether the constants are such that the kernels of `jit.integer_vector` may be taken.
 DYADIC = _record("usual multiplier shift")
-INTEGER_NORM = _record("usual bias drop", output=DYADIC)
+INTEGER_NORM = _record("usual bias late drop", output=DYADIC)
 EXP = _record("usual ln2 magic magic_shift b c multiplier shift")  # numbers, ln2 > 0; magic: `integer.reciprocal`
 # What becomes of sums: SUMS stay int32, all others end as items. again_multiplier: 0 for no second requantisation.
 ENDING = _record("kind usual b c minus_one again_multiplier again_shift", output=DYADIC)
@@ -125,8 +125,8 @@ INTEGER_MODEL = _record(
 )
 # `minilpt.integer_rules.IntegerRule`: counts: address of (longest text + 1,) int32.
 INTEGER_RULE = _record("kind denominator limit merge lowest counts")
-# A relative threshold has 30 fractional bits: masses, below 2^45 for 8,000 tokens, lose `integer.MASS_DROP` before they
-# are multiplied by it. Nothing that a mass is compared with is more than 2^62.
+# A relative threshold has 30 fractional bits: masses, of up to H n 2^32, lose `integer.MASS_DROP` bits before they are
+# multiplied by it, which 63 bits hold for H n < 2^15. Nothing that a mass is compared with is more than 2^62.
 RELATIVE_BITS, MOST_MASS = 30, 2**62
 
 # Scratch memory of an integer-only batch: items in rows `..._stride` bytes apart, `room` for int32 sums.

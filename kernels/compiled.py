@@ -39,7 +39,7 @@ def run(operation: int, *arguments: int) -> None:
     block = np.array(arguments + (0,) * (10 - len(arguments)), np.int64)
     ignored = (ctypes.c_void_p * 2)()
     place = ctypes.addressof(ignored)
-    status = _entry(part_of(operation))(place, place + 8, operation, block.ctypes.data)
+    status = entry(part_of(operation))(place, place + 8, operation, block.ctypes.data)
     assert status == 0, f"operation {operation} ended with {status}"
 
 
@@ -86,12 +86,12 @@ def cache_file(rung: Rung, part: str = "float") -> Path:
 
 def warm_up(part: str = "float") -> Path:
     """Load a part's kernels, compiling them if the cache has none for this rung. Returns the object file's path."""
-    _entry(part)
+    entry(part)
     return cache_file(chosen(), part)
 
 
 @cache
-def _entry(part: str) -> Any:
+def entry(part: str) -> Any:
     """The part's compiled function."""
     from llvmlite import binding
 

@@ -12,7 +12,6 @@ from .compiled import aligned, padded, run
 from .integer import GELU_LOW_BITS, Dyadic, Exp, Gelu, Int, Norm, gelu_bound, reciprocal
 from .isa import LANES, chosen
 
-TILE_BYTES = 4 * 6 * 64  # of the largest tile's sums
 Arrays = list[NDArray[Any]]  # kept while their addresses are in use
 Items = NDArray[Any]  # uint8 or int16, as the rung has it
 Size = Int | NDArray[np.float64] | int
@@ -23,32 +22,25 @@ def item_type() -> np.dtype[Any]:
     return np.dtype(np.uint8 if chosen().item_bytes == 1 else np.int16)
 
 
-def item_zero() -> int:
-    """The item of an 8-bit 0."""
-    return 128 if chosen().int8 == "dot" else 0
-
-
 def to_items(values: Int, columns: int | None = None) -> Items:
     """(N, K) values of 8 bits as items, with zeros up to `columns`, or to whole vectors."""
     N, K = values.shape
-    items: Items = np.full((N, columns or padded(K)), item_zero(), item_type())
-    items[:, :K] = values + item_zero()
+    items: Items = np.full((N, columns or padded(K)), chosen().item_zero, item_type())
+    items[:, :K] = values + chosen().item_zero
     return items
 
 
 def from_items(items: Items) -> Int:
-    return items.astype(np.int64) - item_zero()
+    return items.astype(np.int64) - chosen().item_zero
 
 
 def never_half(factor: Dyadic, largest: Size) -> NDArray[np.bool_]:
-    """Whether x * factor is never exactly half of a unit for |x| <= largest: x would need too many factors of two."""
+    """Whether x * factor is never exactly half of a unit for |x| <= largest: x would need too many factors of two.
+
+    Then |x| < 2^(shift - 1) too, so |x * factor| < 2^30.
+    """
     twos = np.bitwise_and(factor.multiplier, -factor.multiplier).astype(np.float64)  # the largest that divide it
     return (factor.multiplier == 0) | (np.float64(largest) * twos < np.exp2(factor.shift - 1.0))
-
-
-def below_32_bits(factor: Dyadic, largest: Size) -> NDArray[np.bool_]:
-    """Whether |x * factor| < 2^30 for |x| <= largest."""
-    return np.float64(largest) * np.abs(factor.multiplier) < np.exp2(factor.shift + 30.0)
 
 
 def dyadic_record(
@@ -58,7 +50,7 @@ def dyadic_record(
 
     largest: of what it multiplies.
     """
-    usual = bool((never_half(factor, np.int64(largest)) & below_32_bits(factor, np.int64(largest))).all())
+    usual = bool(never_half(factor, np.int64(largest)).all())
     places = [_line(values, count, columns, np.int32, arrays) for values in factor]
     return usual, places[0], places[1]
 
@@ -76,7 +68,8 @@ def norm_record(norm: Norm, arrays: Arrays) -> tuple[object, ...]:
     D = len(norm.bias)
     output = dyadic_record(norm.output, D, arrays)
     usual = output[0] and norm.shift == 0 and bool((np.abs(norm.bias) < 2**30).all())
-    return usual, _line(norm.bias, D, None, np.int32, arrays), norm.shift, output
+    bias, late = (_line(values, D, None, np.int32, arrays) for values in (norm.bias, norm.late))
+    return usual, bias, late, norm.shift, output
 
 
 def exp_record(exp: Exp) -> tuple[int, ...]:
@@ -98,13 +91,11 @@ def ending_record(
 ) -> tuple[object, ...]:
     """A `blocks.ENDING` of `count` channels, padded to `columns`. again: 1 where it changes nothing.
 
-    largest: of the sums, one number or one for each channel.
+    largest: of i-GELU's sums, one number or one for each channel. Only i-GELU has usual constants.
     """
     multiplier, shift = again_numbers(again)
-    again_usual = multiplier == 0 or bool(never_half(Dyadic(np.int64(multiplier), np.int64(shift)), np.int64(128)))
     if isinstance(constants, Dyadic):
-        output = dyadic_record(constants, count, arrays, columns, largest)
-        return kind, output[0] and again_usual, 0, 0, 0, multiplier, max(shift, 1), output
+        return kind, False, 0, 0, 0, multiplier, max(shift, 1), dyadic_record(constants, count, arrays, columns)
     wide = [np.zeros(columns or padded(count), np.int64) for _ in range(2)]
     for line, values in zip(wide, (constants.c, -constants.one), strict=True):
         line[:count] = values
@@ -113,8 +104,9 @@ def ending_record(
     places = [_line(constants.b, count, columns, np.int32, arrays), *(line.ctypes.data for line in even_first)]
     bound = gelu_bound(np.broadcast_to(np.int64(largest), (count,)), constants)
     _, c, one, factor = constants
-    usual = again_usual and bool((np.abs(c) < 2**44).all() and (np.abs(one) < 2**30).all())
-    usual = usual and bool((never_half(factor, bound) & below_32_bits(factor, bound)).all())
+    usual = bool((np.abs(c) < 2**44).all() and (np.abs(one) < 2**30).all())
+    usual = usual and (multiplier == 0 or bool(never_half(Dyadic(np.int64(multiplier), np.int64(shift)), 128)))
+    usual = usual and bool(never_half(factor, bound).all())
     lines = [_line(values, count, columns, np.int32, arrays) for values in factor]
     arrays[-1][count:] = GELU_LOW_BITS + 1
     return kind, usual, *places, multiplier, max(shift, 1), (usual, *lines)
@@ -132,7 +124,7 @@ def linear(x: Int, weight: NDArray[np.int8], bias: NDArray[np.int32]) -> Int:
     N, M, rung = len(x), len(weight), chosen()
     packed = packing.pack_integer(weight, bias, rung)
     items, wide = to_items(x), packed.start.size
-    out, room = np.empty((N, wide), np.int32), aligned(TILE_BYTES)
+    out, room = np.empty((N, wide), np.int32), aligned(rung.tile_bytes)
     matrix, ending = np.array([packed.record()], blocks.MATRIX), np.zeros(1, blocks.ENDING)
     places = (items.ctypes.data, items.strides[0], N, matrix.ctypes.data, out.ctypes.data, 4 * wide)
     run(blocks.RUN_INTEGER_SUMS, *places, ending.ctypes.data, room.ctypes.data)
@@ -222,7 +214,8 @@ def softmax(x: Int, constants: Exp, mask: int = -1) -> tuple[Int, Int]:
 
 def keep(mass: Int, rule: tuple[int, int, int, int], counts: NDArray[np.int32], n_initial: int) -> Int:
     """Places of the kept tokens under (kind, denominator, limit, lowest). mass: (n,) int64; counts: by length."""
-    record = np.array([(*rule, counts.ctypes.data)], blocks.INTEGER_RULE)
+    *numbers, lowest = rule
+    record = np.array([(*numbers, False, lowest, counts.ctypes.data)], blocks.INTEGER_RULE)
     kept, count, mass = np.empty(len(mass), np.int64), np.zeros(1, np.int64), np.ascontiguousarray(mass, np.int64)
     places = (mass.ctypes.data, len(mass), record.ctypes.data, n_initial, kept.ctypes.data, count.ctypes.data)
     run(blocks.RUN_INTEGER_KEEP, *places)

@@ -69,12 +69,13 @@ class Gelu(NamedTuple):
 class Norm(NamedTuple):
     """i-LayerNorm: bias in units of sqrt(D) / 2^30 times the weight, (D,) int64; output: with the weight, by channel.
 
-    shift: bits that deviations drop before they are squared.
+    shift: bits that deviations drop before they are squared. late: (D,), added to the answer; 0 in I-BERT.
     """
 
     bias: Int
     shift: int
     output: Dyadic
+    late: Int
 
 
 def dyadic(ratio: Scale, low_bits: int = 0) -> Dyadic:
@@ -103,7 +104,10 @@ def scaled(x: Int, factor: Dyadic) -> Int:
 
 
 def rounded_shift(x: Int, shift: Int, rest: Any = 0) -> Int:
-    """x / 2^shift, halves to even; 1 <= shift <= 63, |x| < 2^62. rest: 1 where x had more, smaller bits."""
+    """x / 2^shift, halves to even; |x| < 2^62 and 1 <= shift <= 63, or |x| < 3 * 2^61 and shift <= 62.
+
+    rest: 1 where x had more, smaller bits.
+    """
     odd = (x >> shift) & 1
     return (x + ((np.int64(1) << (shift - 1)) - 1) + (odd | rest)) >> shift
 
@@ -229,7 +233,7 @@ def merge_weights(mass: Int, keep: NDArray[np.bool_]) -> Int:
 def merged_row(rows: Int, weight: Int) -> Int:
     """The weighted mean of rows, halves up. rows: (..., n, K) of 9 bits, weight: (n,). Returns (..., K) int64.
 
-    Weights are masses below 2^45 less 14 bits: sums over 8,000 tokens stay below 2^54.
+    Masses sum to H n 2^32 and weights to H n 2^18 at most; 2^63 holds twice that times 2^8 for H n below 2^36.
     """
     total = weight.sum()
     return (2 * (weight @ rows) + total) // (2 * total)
@@ -268,23 +272,27 @@ def gelu_bound(largest: Int, constants: Gelu) -> NDArray[np.float64]:
     return np.float64(largest) * ((b * b + c) / 2**ERF_SHIFT + one + 2) * (1 + 1e-12)
 
 
-def norm_constants(weight: Scale, bias: Scale, output_scale: Scale, shift: int = 0) -> Norm:
+def norm_constants(weight: Scale, bias: Scale, output_scale: Scale, shift: int = 0, allow_late: bool = False) -> Norm:
     """For a LayerNorm's weight and bias, (D,), answers in units of `output_scale`, one number or (D,).
 
-    ValueError where a weight is 0, by which I-BERT divides, or a bias is more than sqrt(D) times its weight.
+    I-BERT adds the bias, divided by the weight, before it changes the scale. An integer of 30 bits can hold that up to
+    a bias of sqrt(D) times its weight; where it cannot the bias is added late, rounded to the output's scale, if that
+    is allowed. ValueError if not, as for a weight of 0, or for numbers that are not finite.
     """
-    zero = np.flatnonzero(weight == 0)
-    if len(zero):
-        raise ValueError(f"the weight of channel {zero[0]} is 0, and i-LayerNorm divides by it")
     unit = np.sqrt(weight.dtype.type(len(weight))) / 2**NORM_BITS
-    whole = np.floor(bias / weight / unit)
-    wide = np.flatnonzero(np.abs(whole) > 2.0**NORM_BITS)
-    if len(wide):
+    whole = np.floor(np.divide(bias, weight, out=np.full_like(bias, np.inf), where=weight != 0) / unit)
+    wide = ~(np.abs(whole) <= 2.0**NORM_BITS)  # NaN too
+    late = np.where(wide, np.rint(np.float64(bias) / np.float64(output_scale)), 0)
+    wrong = ~np.isfinite(weight) | ~(np.abs(late) < 2.0**NORM_BITS) | (wide if not allow_late else False)
+    if wrong.any():
+        at = int(np.argmax(wrong))
         raise ValueError(
-            f"channel {wide[0]}: bias {bias[wide[0]]} is more than sqrt(D) times weight {weight[wide[0]]}: an integer "
-            f"of {NORM_BITS} bits cannot hold their ratio"
+            f"channel {at}: bias {bias[at]} must not be more than sqrt(D) times weight {weight[at]}, by which I-BERT "
+            f"divides it: an integer of {NORM_BITS} bits is to hold the ratio"
         )
-    return Norm(whole.astype(np.int64), shift, dyadic(np.float64(unit * weight) / np.float64(output_scale)))
+    early = np.where(wide, 0, whole).astype(np.int64)
+    output = dyadic(np.float64(unit * weight) / np.float64(output_scale))
+    return Norm(early, shift, output, late.astype(np.int64))
 
 
 def i_layer_norm(x: Int, constants: Norm) -> Int:
@@ -300,7 +308,7 @@ def i_layer_norm(x: Int, constants: Norm) -> Int:
     square = ((y >> constants.shift) ** 2).sum(axis=-1, keepdims=True)
     deviation = np.maximum(i_sqrt(square), 1) << constants.shift
     quotient = y * ((1 << 31) // deviation) >> 1
-    return clamped(scaled(quotient + constants.bias, constants.output), ACTIVATION_BITS)
+    return clamped(scaled(quotient + constants.bias, constants.output) + constants.late, ACTIVATION_BITS)
 
 
 def _divided(x: Int, count: int) -> Int:

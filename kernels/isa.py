@@ -46,6 +46,16 @@ class Rung(NamedTuple):
         """Of one quantised activation."""
         return 2 if self.int8 == "pairs" else 1
 
+    @property
+    def item_zero(self) -> int:
+        """What a quantised activation of 0 is stored as: vpdpbusd takes unsigned ones."""
+        return 128 if self.int8 == "dot" else 0
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of one register tile's sums."""
+        return 4 * self.rows * self.columns
+
 
 _AVX2 = ("avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe")  # x86-64-v3, which Haswell began
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")  # x86-64-v4

@@ -1,8 +1,8 @@
-"""Golden files: every integer of an integer-only model and of its way through some texts, for other implementations.
+"""Golden files: the integers of an integer-only model and of its way through some texts, for other implementations.
 
 One safetensors file. Of the model, under `model.`: weights, biases, multipliers, shifts and the constants of
-`kernels.integer`, so that nothing is left to compute from scales. Of text t, under `texts.t.`: token and segment ids,
-and what `integer_reference` has after every operation of every layer.
+`kernels.integer`, so that nothing is left to compute from scales; of its keep rule, under `rule.`. Of text t, under
+`texts.t.`: ids of tokens, positions and segments, and every activation of `integer_reference`, layer by layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import integer_reference
+from . import integer_reference, ragged
 from .api import Classifier, Item, text_items
 from .errors import InputError, UnsupportedModelError
 from .files import write_whole
@@ -41,14 +41,16 @@ def export_golden(model: Classifier, texts: Iterable[Item], out: Path | str) -> 
     rule = program.integer_rule(model.pruning.rule) if model.pruning else None
     tensors = dict(_constants("model", program.model))
     if rule is not None:
-        tensors["rule.kinds"] = np.array([step.kind for step in rule.steps])
-        tensors["rule.lowest"] = np.array(rule.lowest)
-        tensors["rule.counts"] = rule.counts
-        tensors["rule.denominators"] = np.array([[step.denominator, step.limit] for step in rule.steps])
+        for name in ("kind", "denominator", "limit", "merge"):
+            tensors[f"rule.{name}"] = np.array([int(getattr(step, name)) for step in rule.steps])
+        tensors |= {"rule.lowest": np.array(rule.lowest), "rule.counts": rule.counts}
     for at, (ids, segments) in enumerate(zip(*model.encode(items), strict=True)):
         arrays = np.array(ids, np.int32), np.array(segments, np.int32)
         traced = integer_reference.forward(program.model, model.config, rule, *arrays)
-        tensors |= {f"texts.{at}.ids": arrays[0], f"texts.{at}.segments": arrays[1]}
+        config = model.config
+        positions = ragged.positions(arrays[0], offset=config.position_offset, pad_token_id=config.pad_token_id)
+        rows = {"ids": arrays[0], "segments": arrays[1], "positions": positions}
+        tensors |= {f"texts.{at}.{name}": row for name, row in rows.items()}
         places = ["embeddings", *(f"layers.{layer}" for layer in range(model.config.layers)), "head"]
         for place, step in zip(places, traced.steps, strict=True):
             tensors |= {f"texts.{at}.{place}.{name}": values for name, values in step.items()}
@@ -59,6 +61,7 @@ def export_golden(model: Classifier, texts: Iterable[Item], out: Path | str) -> 
         "activation": model.config.activation,
         "head_activation": model.config.head_activation,
         "logit_scale": repr(program.model.logit_scale),
+        "masses_of_8_bits": str(program.model.masses_of_8_bits),
     }
     path = Path(out)
     write_whole(path, save({name: narrowed(values) for name, values in tensors.items()}, metadata))

@@ -9,7 +9,7 @@ of 32. What I-BERT has not: a scale for each row of an embedding table, powers o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from .errors import UnsupportedModelError
 from .kernels import integer
 from .kernels.integer import Dyadic, Exp, Gelu, Norm
 from .quantize import Quantized, quantize_as_ibert, quantize_rows
-from .scales import Scales, read_scales
+from .scales import AGAIN, Scales, read_scales
 from .weights import checkpoint, names
 
 Float32 = NDArray[np.float32]
@@ -78,7 +78,8 @@ class Layer:
 class IntegerModel:
     """All integers between token ids and logits; a logit is its integer times `logit_scale`.
 
-    last_scale: of the first row's 8-bit integers behind the last layer, for a head in floating point (I-BERT's).
+    last_scale: of the first row's 8-bit integers behind the last layer, as the head's weights take them, for a head in
+    floating point (I-BERT's). masses_of_8_bits: masses are sums of 8-bit probabilities, as the LTP code has them.
     """
 
     word: Table
@@ -92,6 +93,7 @@ class IntegerModel:
     logits: Dyadic
     logit_scale: float
     last_scale: Any
+    masses_of_8_bits: bool = False
 
 
 class _Scaled(NamedTuple):
@@ -117,7 +119,8 @@ def load_integer_model(folder: Path, config: ModelConfig) -> IntegerModel:
             weights[name] = quantize_as_ibert(tensor, per_row=not name.startswith("embeddings."))
         else:
             weights[name] = quantize_rows(tensor)
-    return integer_model(config, weights, scales)
+    model = integer_model(config, weights, scales)
+    return replace(model, masses_of_8_bits=trained and config.model_type == "ltp")
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -138,10 +141,10 @@ def integer_model(config: ModelConfig, weights: Mapping[str, Any], scales: Scale
     Raises UnsupportedModelError for what integers of these widths cannot hold, before anything is computed with it.
     """
     check_supported(config)
-    return _Folder(config, weights, scales).model()
+    return _Folding(config, weights, scales).model()
 
 
-class _Folder:
+class _Folding:
     """Weights and scales at hand; every method names what it folds in its errors."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], scales: Scales):
@@ -167,7 +170,7 @@ class _Folder:
             head_out=out.linear,
             logits=self._dyadic("head.out", out.scale, logit_scale),
             logit_scale=float(logit_scale),
-            last_scale=self.scales.by_channel(before),
+            last_scale=self.scales.scales[before],
         )
 
     def _layer(self, at: str, before: str) -> Layer:
@@ -193,10 +196,10 @@ class _Folder:
             attention_sum=self._dyadic(f"{at}attention_sum", attention.scale, scales[f"{at}attention_sum"]),
             attention_residual=self._residual(f"{at}attention_sum", before),
             attention_norm=self._norm(f"{at}attention_norm", f"{at}attention_norm"),
-            attention_again=self._dyadic(again, scales[f"{at}attention_norm"], scales[again]),
+            attention_again=self._again(again),
             inner=inner.linear,
             activation=self._activation(f"{at}inner", self.config.activation, inner, scales[f"{at}inner"]),
-            inner_again=self._dyadic(inner_again, scales[f"{at}inner"], scales[inner_again]),
+            inner_again=self._again(inner_again),
             outer=outer.linear,
             outer_sum=self._dyadic(f"{at}outer_sum", outer.scale, scales[f"{at}outer_sum"]),
             outer_residual=self._residual(f"{at}outer_sum", again),
@@ -213,27 +216,43 @@ class _Folder:
             raise UnsupportedModelError(f"{name}: at the scale {self.scales.scales[name]}, exp(0) is the integer 0")
         return exp
 
+    def _again(self, name: str) -> Dyadic:
+        factor = self._dyadic(name, self.scales.scales[name.removesuffix(AGAIN)], self.scales.scales[name])
+        if not factor.multiplier:
+            raise UnsupportedModelError(f"{name}: its scale {self.scales.scales[name]} leaves nothing of what it reads")
+        return factor
+
+    def _quantized(self, name: str) -> Quantized:
+        weight: Quantized = self.weights[f"{name}.weight"]
+        if not (np.isfinite(weight.scale) & (weight.scale > 0)).all():
+            raise UnsupportedModelError(f"{name}: scales of rows must be positive numbers, found {weight.scale.min()}")
+        return weight
+
     def _residual(self, name: str, source: str) -> Dyadic:
         return self._dyadic(name, self.scales.by_channel(source), self.scales.scales[name])
 
     def _table(self, name: str) -> Table:
-        rows, scale = self.weights[f"embeddings.{name}.weight"]
-        return Table(rows, self._dyadic(f"embeddings.{name}", scale, self.scales.scales["embeddings.sum"]))
+        rows, scale = self._quantized(f"embeddings.{name}")
+        ratio = np.float64(scale) / np.float64(self.scales.scales["embeddings.sum"])
+        if not (3 * 128 * ratio < 2.0**31).all():  # three of them are added
+            raise UnsupportedModelError(f"embeddings.{name}: {scale.max()} is too many units of the sum's scale")
+        return Table(rows, self._checked(f"embeddings.{name}", lambda: integer.dyadic(ratio)))
 
     def _norm(self, name: str, output: str) -> Norm:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         scale, shift = self.scales.by_channel(output), self.scales.shifts.get(name, 0)
-        return self._checked(name, lambda: integer.norm_constants(weight, bias, scale, shift))
+        late = self.scales.from_file  # a checkpoint of I-BERT has no such channel
+        return self._checked(name, lambda: integer.norm_constants(weight, bias, scale, shift, late))
 
     def _linear(self, name: str, source: Any) -> _Scaled:
         """source: the name of the activation that the matrix reads, or its scale."""
         input_scale = self.scales.scales[source] if isinstance(source, str) else source
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        weight, bias = self._quantized(name), self.weights[f"{name}.bias"]
         scale = weight.scale * input_scale  # (M,)
         whole = np.rint(1 / scale * bias)
         most = 128 * np.abs(weight.rows.astype(np.int64)).sum(axis=1) + np.abs(whole)
-        if (most >= 2.0**31).any():
-            row = int(np.argmax(most))
+        if not (most < 2.0**31).all():  # NaN is not
+            row = int(np.argmax(np.nan_to_num(most, nan=np.inf)))
             raise UnsupportedModelError(
                 f"{name}: sums of output {row} can reach {most[row]:.3g}, more than 32 bits hold: its bias {bias[row]} "
                 f"is too large for its scale {scale[row]}"

@@ -59,18 +59,10 @@ class IntegerProgram:
     def load(cls, folder: Path, config: ModelConfig, *, float_head: bool) -> IntegerProgram:
         """The model of a folder, see `integer_model.load_integer_model`. float_head: I-BERT's, in float64."""
         head = FloatHead.of(folder, config) if float_head else None
-        of_8_bits = config.quant_mode and config.model_type == "ltp"  # as that code summed them
-        return cls(config, load_integer_model(folder, config), float_head=head, masses_of_8_bits=of_8_bits)
+        return cls(config, load_integer_model(folder, config), head)
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        model: IntegerModel,
-        *,
-        float_head: FloatHead | None = None,
-        masses_of_8_bits: bool = False,
-    ):
-        self._config, self.model, self._masses_of_8_bits = config, model, masses_of_8_bits
+    def __init__(self, config: ModelConfig, model: IntegerModel, float_head: FloatHead | None = None):
+        self._config, self.model = config, model
         self._float_head, self.last_width = float_head, 0 if float_head is None else config.width
         self._columns, self._arrays = isa.chosen().columns, []  # type: int, list[Any]
         self._head_width = compiled.padded(config.width // config.heads)
@@ -82,7 +74,7 @@ class IntegerProgram:
             "head_width": self._head_width,
             "layers": config.layers,
             "labels": len(config.labels),
-            "mass_mask": MASK_OF_8_BITS if masses_of_8_bits else -1,
+            "mass_mask": MASK_OF_8_BITS if model.masses_of_8_bits else -1,
             **self._table("word", model.word),
             **self._table("position", model.position),
             **self._table("segment", model.segment),
@@ -109,7 +101,7 @@ class IntegerProgram:
     def integer_rule(self, rule: KeepRule) -> IntegerRule:
         """The rule that this model's integers are compared by."""
         config = self._config
-        return integer_rule(rule, config.layers, config.heads, config.max_tokens, self._masses_of_8_bits)
+        return integer_rule(rule, config.layers, config.heads, config.max_tokens)
 
     def logits(self, raw: NDArray[np.int32], last: NDArray[np.int32]) -> Float32:
         """(B, labels): the integers times their scale, or what the float head makes of the last rows."""
@@ -243,4 +235,4 @@ class IntegerProgram:
             4 * compiled.padded(n, columns) + probs + 4 * compiled.padded(self._head_width, columns)
         )
         attention = keys + values + block + 4 * compiled.ALIGNMENT
-        return books + max(attention, 8 * self._config.width, compiled_integer.TILE_BYTES)
+        return books + max(attention, 8 * self._config.width, isa.chosen().tile_bytes)

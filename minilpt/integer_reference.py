@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import ragged
 from .config import ModelConfig
-from .integer_model import IntegerModel, Layer, Linear, Table
+from .integer_model import IntegerModel, Linear, Table
 from .integer_rules import IntegerRule
 from .kernels import integer
 from .kernels.integer import ACTIVATION_BITS, Dyadic, Gelu, Int
@@ -55,9 +55,9 @@ def forward(
     embedded = embed(model, config, ids, segments)
     x = embedded["norm"]  # (n, D) in [-128, 127], as all activations
     n_attention, n_ffn, masses, kept, steps = [], [], [], [], [embedded]
-    for number, layer in enumerate(model.layers):
+    for number in range(len(model.layers)):
         n_attention.append(len(x))
-        step = encoder_layer(layer, config.heads, config.activation, rule, number, x, len(ids))
+        step = encoder_layer(model, config, rule, number, x, len(ids))
         x = step["outer_norm"]  # (n', D)
         n_ffn.append(len(x))
         masses.append(step["mass"])
@@ -86,16 +86,17 @@ def _row(table: Table, places: NDArray[np.int32]) -> Int:
 
 
 def encoder_layer(
-    layer: Layer, heads: int, activation: str, rule: IntegerRule | None, number: int, x: Int, n_initial: int
+    model: IntegerModel, config: ModelConfig, rule: IntegerRule | None, number: int, x: Int, n_initial: int
 ) -> dict[str, Int]:
     """Attention, pruning, feed-forward. x: (n, D). The integers behind every operation, by name."""
+    layer, heads = model.layers[number], config.heads
     q = activated(x, layer.query, layer.query_out)  # (n, D)
     k = activated(x, layer.key, layer.key_out)  # (n, D)
     v = activated(x, layer.value, layer.value_out)  # (n, D)
     scores = split_heads(q, heads) @ split_heads(k, heads).transpose(0, 2, 1)  # (H, n, n)
     wide = integer.i_softmax(scores, layer.exp)  # (H, n, n)
     probs = integer.probs_of(wide)  # (H, n, n)
-    mass = integer.attention_mass(wide if rule is None or not rule.of_8_bits else probs << 24)  # (n,)
+    mass = integer.attention_mass(probs << 24 if model.masses_of_8_bits else wide)  # (n,)
     keep = np.ones(len(x), dtype=bool)  # (n,)
     if rule is not None:
         keep = rule.keep(mass, number, n_initial)
@@ -105,10 +106,11 @@ def encoder_layer(
     context = (weighed[:, goes_on] @ split_heads(v, heads)).transpose(1, 0, 2).reshape(goes_on.sum(), -1)  # (n', D)
     context = integer.requantize(context, layer.context, ACTIVATION_BITS)
     sums = linear(context, layer.attention_output)  # (n', D)
-    attended = added(sums, layer.attention_sum, x[goes_on], layer.attention_residual)  # (n', D), 22 bits
+    residual = x[goes_on]  # (n', D)
+    attended = added(sums, layer.attention_sum, residual, layer.attention_residual)  # (n', D), 22 bits
     attention_norm = integer.i_layer_norm(attended, layer.attention_norm)
     x = integer.requantize(attention_norm, layer.attention_again, ACTIVATION_BITS)  # (n', D)
-    inner = activate(linear(x, layer.inner), activation, layer.activation)  # (n', F)
+    inner = activate(linear(x, layer.inner), config.activation, layer.activation)  # (n', F)
     again = integer.requantize(inner, layer.inner_again, ACTIVATION_BITS)  # (n', F)
     outer = added(linear(again, layer.outer), layer.outer_sum, x, layer.outer_residual)  # (n', D), 22 bits
     return {
@@ -116,9 +118,12 @@ def encoder_layer(
         "key": k,
         "value": v,
         "scores": scores,
+        "wide": wide,
         "probs": probs,
         "mass": mass,
         "keep": keep.astype(np.int64),
+        "probs.going_on": weighed[:, goes_on],
+        "residual": residual,
         "context": context,
         "attention_sum": attended,
         "attention_norm": attention_norm,

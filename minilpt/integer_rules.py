@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import PruningError
 from .kernels import blocks
 from .kernels.blocks import MOST_MASS, RELATIVE_BITS
 from .kernels.integer import MASS_DROP, SOFTMAX_BITS, Int
@@ -21,7 +22,7 @@ Keep = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class IntegerRule:
-    """steps: of each layer; of_8_bits: masses are sums of 8-bit probabilities, as the LTP code has them in quant_mode.
+    """A rule whose thresholds are integers. steps: of each layer.
 
     Absolute: mass >= lowest[layer] * Z, with lowest the threshold in units of 2^-32 / H, rounded up. Relative:
     (mass >> 14) << 30 >= lowest[layer] * (max mass >> 14). Count: counts[layer][n_initial] largest masses.
@@ -30,7 +31,6 @@ class IntegerRule:
     steps: tuple[Step, ...]
     lowest: tuple[int, ...]
     counts: NDArray[np.int32]
-    of_8_bits: bool = False
 
     @property
     def merge_removed(self) -> bool:
@@ -56,15 +56,19 @@ class IntegerRule:
         return kept
 
 
-def integer_rule(rule: KeepRule, layers: int, heads: int, max_tokens: int, of_8_bits: bool = False) -> IntegerRule:
-    """A rule as integers."""
+def integer_rule(rule: KeepRule, layers: int, heads: int, max_tokens: int) -> IntegerRule:
+    """A rule as integers. PruningError for a relative one where heads times tokens can be 2^15: too large masses."""
     steps = tuple(rule.step(layer) if rule.active(layer) else Step() for layer in range(layers))
+    if any(step.kind == blocks.RELATIVE for step in steps) and heads * max_tokens >= 2**15:
+        raise PruningError(
+            f"a relative rule of {heads} heads and {max_tokens} tokens needs more than 64 bits in integers"
+        )
     counts = np.ones((layers, max_tokens + 1), np.int32)
     for layer, step in enumerate(steps):
         if step.kind == blocks.COUNT:
             sizes = np.rint(np.arange(max_tokens + 1, dtype=np.float32) * step.value)
             counts[layer] = np.clip(sizes, 1, max_tokens).astype(np.int32)
-    return IntegerRule(steps, tuple(_lowest(step, heads) for step in steps), counts, of_8_bits)
+    return IntegerRule(steps, tuple(_lowest(step, heads) for step in steps), counts)
 
 
 def _lowest(step: Step, heads: int) -> int:

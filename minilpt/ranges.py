@@ -43,6 +43,16 @@ MOST_TOKENS = 8192  # of the texts that are run: their activations in one layer,
 PERCENTILES = (99.9, 99.99)
 CLIPS = np.linspace(0.2, 1, 33)  # of the largest value, among which the least squared error is searched
 CHANNEL_QUANTILE = 0.9  # of channels have no scale of their own, where scales differ by channel
+COPIED = (
+    "ltp.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 WIDE_MARGIN = 2  # 16 and 22 bits have room for twice what the texts show
 
 
@@ -158,7 +168,10 @@ class _Search:
         trials = [(name, way) for name, ways in options.items() for way in ways[1:] if search]
         with progress_bar(len(trials), progress) as bar:
             for name, way in trials:
-                error = self._error({**chosen, name: way}, even, 0)
+                try:
+                    error = self._error({**chosen, name: way}, even, 0)
+                except UnsupportedModelError:  # a range too small for integers of these widths
+                    error = np.inf
                 if error < best:
                     best, chosen = error, {**chosen, name: way}
                 bar.update()
@@ -216,10 +229,15 @@ class _Search:
 def _ranges(values: Float32, by_channel: bool) -> Iterator[Range]:
     """Least squared error, the largest value, percentiles and, where asked for, powers of two by channel."""
     size = np.abs(values)
+    if not size.any():
+        yield Range("max", scale_of(np.float32(1), ACTIVATION_BITS))  # any will do
+        return
     yield Range("mse", _least_squares(values))
     yield Range("max", scale_of(size.max(), ACTIVATION_BITS))
     for percentile in PERCENTILES:
-        yield Range(f"{percentile} %", scale_of(np.float32(np.percentile(size, percentile)), ACTIVATION_BITS))
+        largest = np.float32(np.percentile(size, percentile))
+        if largest > 0:
+            yield Range(f"{percentile} %", scale_of(largest, ACTIVATION_BITS))
     if by_channel:
         channels = size.max(axis=0)
         base = np.quantile(channels, CHANNEL_QUANTILE)
@@ -327,9 +345,9 @@ def _write(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
             folder = Path(room, "model")
             folder.mkdir()
-            for path in model.folder.iterdir():
-                if path.suffix in (".json", ".txt") and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, folder / path.name)
+            for name in COPIED:
+                if (model.folder / name).is_file():
+                    shutil.copyfile(model.folder / name, folder / name)
             config = read_json(model.folder / "config.json")
             if scales.exponents:
                 config["quant_mode"] = True

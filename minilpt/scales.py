@@ -102,11 +102,11 @@ def _from_buffers(folder: Path, config: ModelConfig) -> Scales:
         if not UNSET < largest < np.inf:
             raise WeightsError(f"{folder}: {modules[name]} has the range {lowest} to {highest}: training never set it")
         scales[name] = scale_of(largest, bits)
-    shifts = {name: int(found.get(f"{module}.shift", np.float32(0))) for name, module in norms.items()}
-    wrong = [name for name, shift in shifts.items() if not 0 <= shift < NORM_INPUT_BITS]
-    if wrong:
-        raise WeightsError(f"{folder}: the LayerNorm {wrong[0]} shifts by {shifts[wrong[0]]} bits; its input has 22")
-    return Scales(scales, {}, shifts)
+    shifts = {name: found.get(f"{module}.shift", np.float32(0)) for name, module in norms.items()}
+    for name, shift in shifts.items():
+        if shift not in range(NORM_INPUT_BITS):
+            raise WeightsError(f"{folder}: the LayerNorm {name} shifts by {shift} bits; wanted a whole number below 22")
+    return Scales(scales, {}, {name: int(shift) for name, shift in shifts.items()})
 
 
 def _from_file(path: Path, config: ModelConfig) -> Scales:

@@ -265,6 +265,23 @@ def test_calibrate_writes_the_folder_s_ltp_json_and_prints_the_frontier(run: Run
     assert out.split("\n", 1)[0].endswith("metric")
 
 
+def test_quantize_makes_a_folder_whose_integers_a_golden_file_holds(run: Run, plain: Path) -> None:
+    texts, target = plain.parent / "texts.jsonl", plain.parent / "integer"
+    code, out, err = run("quantize", plain, texts, "--out", target, "--no-by-channel")
+    assert (code, err) == (0, f"minilpt: wrote {target}\n")
+    record = json.loads(out)
+    assert set(record) == {"rms_of_logits", "agreement", "methods"}
+    assert "channels" not in record["methods"]
+    assert run("quantize", plain, texts, "--out", target)[0] == 1
+    (line,) = run("predict", "--model", target, "--precision", "ibert", "good film")[1].splitlines()
+    assert json.loads(line)["label"] in ("negative", "positive")
+    golden = plain.parent / "golden.safetensors"
+    assert run("export-golden", target, "good film", "bad", "--out", golden)[::2] == (0, f"minilpt: wrote {golden}\n")
+    assert golden.is_file()
+    code, _, err = run("export-golden", plain, "good film", "--out", golden)
+    assert (code, "minilpt quantize" in err) == (1, True)
+
+
 def test_an_interrupted_calibration_is_written_and_exit_code_130(
     run: Run, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,7 +439,8 @@ def test_wrong_usage_is_exit_code_2(run: Run, arguments: list[str]) -> None:
 
 def test_help_and_version_are_data(run: Run) -> None:
     assert run("--version") == (0, f"minilpt {minilpt.__version__}\n", "")
-    for command in ("predict", "explain", "calibrate", "eval", "models", "info", "warmup"):
+    commands = "predict", "explain", "calibrate", "quantize", "export-golden", "eval", "models", "info", "warmup"
+    for command in commands:
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "")
         assert out.startswith(f"usage: minilpt {command}")

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from minilpt.integer_rules import IntegerRule, integer_rule
 from minilpt.kernels import blocks, compiled_integer, integer
 from minilpt.kernels.integer import Dyadic, Exp, Gelu, Norm
+from minilpt.pruning import KeepRule, Relative, Step, Threshold, TopK
 
 pytest.importorskip("numba", reason="compiled kernels need numba")
 
@@ -128,7 +130,8 @@ def norm_case(draw: np.random.Generator, rows: int, width: int) -> Usual:
     bias = weight * np.sqrt(width) * draw.uniform(-0.99, 0.99, width) * draw.choice([0, 0.01, 1])
     scale = np.exp2(draw.uniform(-8, 1, width) if draw.random() < 0.5 else draw.uniform(-8, 1)).astype(np.float32)
     drop = int(draw.choice([0, 0, 0, 3, 10]))
-    constants = integer.norm_constants(weight, bias.astype(np.float32), scale, drop)
+    weight[draw.random(width) < draw.choice([0, 0.2])] = draw.choice([0, 1e-6])
+    constants = integer.norm_constants(weight, bias.astype(np.float32), scale, drop, allow_late=True)
     if draw.random() < 0.2:
         constants = constants._replace(output=Dyadic(np.full(width, 2**30), np.full(width, 53)))
     x = spread(draw, (rows, width), int(draw.choice([1, 2**10, 2**21 - 1])))
@@ -190,6 +193,48 @@ def test_one_certain_key_is_certain_where_exp_of_0_is_a_power_of_two() -> None:
         assert probs.max() == 255
 
 
+RULES: tuple[KeepRule, ...] = (
+    Threshold((0.7,), 1),
+    Threshold((0.02,), "initial"),
+    Threshold((0.05,), "live", 20),
+    Threshold((1e9,), 2**31 - 1),
+    Relative(0.3),
+    Relative(1.0),
+    TopK(0.3, 1),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@given(seed=seeds, n=st.sampled_from([1, 2, 17, 100]))
+def test_a_compiled_rule_keeps_what_the_reference_keeps(rule: KeepRule, seed: int, n: int) -> None:
+    """Masses of four heads, some of them equal, that sum to n heads at most."""
+    draw, heads = np.random.default_rng(seed), 4
+    whole = integer_rule(rule, 1, heads, 500)
+    if isinstance(rule, TopK):  # which keeps all tokens of so few layers
+        counts = np.maximum(np.arange(501) // 3, 1).astype(np.int32)[None]
+        whole = IntegerRule((Step(blocks.COUNT),), (0,), counts)
+    mass = draw.choice(draw.integers(0, heads << 33, max(1, n // 2)), n)
+    step, n_initial = whole.steps[0], n + int(draw.integers(0, 20))
+    numbers = step.kind, step.denominator, step.limit, whole.lowest[0]
+    found = compiled_integer.keep(mass, numbers, whole.counts[0], n_initial)
+    assert found.tolist() == np.flatnonzero(whole.keep(mass, 0, n_initial)).tolist()
+
+
+def test_constants_are_the_same_on_every_machine() -> None:
+    """Of float32 scales; the digits were computed once (2026-11-25), with NumPy 2.4.6."""
+    exp = integer.exp_constants(np.float32(4.321e-4), np.float32(1 / 32767))
+    assert [int(number) for number in (*exp[:3], *exp.output)] == [-1605, 6265, 14954254, 1204596967, 39]
+    gelu = integer.gelu_constants(np.float32(1.234e-4), np.float32(0.021))
+    assert [int(number) for number in (*gelu[:3], *gelu.output)] == [-20274, -454772480, -27758, 1906827454, 54]
+    norm = integer.norm_constants(np.float32([0.7, -1.3]), np.float32([0.1, 0.2]), np.float32(0.03))
+    numbers = norm.bias.tolist(), norm.output.multiplier.tolist(), norm.output.shift.tolist()
+    assert numbers == (
+        [108464312, -116807720],
+        [1107239758, -2056302313],
+        [55, 55],
+    )
+
+
 # Oracles in Python's integers and fractions, which cannot overflow; `round` of a fraction takes halves to even.
 
 
@@ -218,7 +263,8 @@ def exact_layer_norm(row: list[int], norm: Norm) -> list[int]:
     mean = round(Fraction(sum(row), len(row)))
     deviation = max(math.isqrt(sum(((x - mean) >> norm.shift) ** 2 for x in row)), 1) << norm.shift
     whole = [((x - mean) * (2**31 // deviation) >> 1) + int(bias) for x, bias in zip(row, norm.bias, strict=True)]
-    return [to_8_bits(exactly(x, Dyadic(*pair))) for x, *pair in zip(whole, *norm.output, strict=True)]
+    numbers = zip(whole, norm.late.tolist(), *norm.output, strict=True)
+    return [to_8_bits(exactly(x, Dyadic(*pair)) + late) for x, late, *pair in numbers]
 
 
 def ends(*numbers: int) -> Int:
@@ -303,14 +349,15 @@ def test_i_layer_norm_is_exact_in_its_integers(seed: int, width: int, shift: int
     bias = (2**30 * draw.choice([-1, 0, 0.1, 1], width)).astype(np.int64)
     output = Dyadic(draw.choice([-MOST, 2**30, MOST], width), draw.integers(40, 63, width))
     x = spread(draw, (4, width), int(draw.choice([1, 100, 2**21 - 1])))
-    norm = Norm(bias, shift, output)
+    late = draw.integers(-300, 300, width) * draw.integers(0, 2, width)
+    norm = Norm(bias, shift, output, late)
     assert integer.i_layer_norm(x, norm).tolist() == [exact_layer_norm(row, norm) for row in x.tolist()]
 
 
 def test_the_widest_layer_norm_does_not_overflow() -> None:
     """D of 2^16, half of it at either end of 22 bits; and all but one at one end."""
     D = 2**16
-    norm = Norm(np.full(D, 2**30), 0, Dyadic(np.full(D, MOST), np.full(D, 55)))
+    norm = Norm(np.full(D, 2**30), 0, Dyadic(np.full(D, MOST), np.full(D, 55)), np.zeros(D, np.int64))
     rows = np.full((2, D), 2**21 - 1)
     rows[0, ::2], rows[1, 7] = -(2**21), -(2**21)
     assert integer.i_layer_norm(rows, norm).tolist() == [exact_layer_norm(row, norm) for row in rows.tolist()]
@@ -328,7 +375,7 @@ def test_halves_go_to_even_on_every_path() -> None:
     twice = [value + exactly(item, half) for value, item in zip(wanted, y[0], strict=True)]
     same(compiled_integer.add_requantized(x, quarter, y, half, 22)[0], np.array(twice))
     # 16 values of +-2^j: 4 times as much is the root, so quotients are +-2^28; biases make them odd multiples of 2^24.
-    norm = Norm((np.arange(16) - 8) << 24, 0, Dyadic(np.full(16, 2**30), np.full(16, 55)))
+    norm = Norm((np.arange(16) - 8) << 24, 0, Dyadic(np.full(16, 2**30), np.full(16, 55)), np.zeros(16, np.int64))
     row = np.array([[1024, -1024] * 8])
     assert not compiled_integer.norm_record(norm, [])[0]
     wanted = [round(Fraction(sign * 16 + bias, 2)) for sign, bias in zip([1, -1] * 8, range(-8, 8), strict=True)]
@@ -377,10 +424,10 @@ def test_layer_norms_that_integers_cannot_hold_are_refused() -> None:
     ones, scale = np.ones(16, np.float32), np.float32(0.03)
     weight, bias = ones.copy(), 0 * ones
     weight[3] = 0
-    with pytest.raises(ValueError, match="weight of channel 3 is 0"):
+    with pytest.raises(ValueError, match=r"channel 3: .* weight 0\.0"):
         integer.norm_constants(weight, bias, scale)
     bias[5] = 4.001
-    with pytest.raises(ValueError, match=r"channel 5: bias 4.0\d+ is more than sqrt\(D\) times"):
+    with pytest.raises(ValueError, match=r"channel 5: bias 4.0\d+ must not be more than sqrt\(D\) times"):
         integer.norm_constants(ones, bias, scale)
     bias[5] = -4
     assert integer.norm_constants(ones, bias, scale).bias[5] == -(2**30)

@@ -189,7 +189,9 @@ ACT = "ibert.encoder.layer.1.output.ln_input_act"
         (f"{ACT}.x_max", None, r"has no x_min and x_max.*minilpt quantize"),
         (f"{ACT}.x_max", float("inf"), "training never set it"),
         (f"{ACT}.x_max", float("nan"), "training never set it"),
-        ("ibert.encoder.layer.1.output.LayerNorm.shift", 40.0, "shifts by 40 bits"),
+        ("ibert.encoder.layer.1.output.LayerNorm.shift", 40.0, "shifts by 40.0 bits"),
+        ("ibert.encoder.layer.1.output.LayerNorm.shift", 1.5, "shifts by 1.5 bits"),
+        ("ibert.encoder.layer.1.output.LayerNorm.shift", float("nan"), "shifts by nan bits"),
         ("ibert.encoder.layer.0.attention.self.softmax.act.x_max", 1e30, r"exp\(0\) is the integer 0"),
     ],
 )
@@ -198,6 +200,15 @@ def test_a_checkpoint_with_broken_ranges_is_refused(
 ) -> None:
     with pytest.raises(minilpt.MinilptError, match=said):
         minilpt.load(changed(folder, tmp_path / "model", name, value), precision="ibert")
+
+
+def test_a_layer_norm_with_a_zero_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    moved = changed(folder, tmp_path / "model", f"{ACT}.x_max", 2.0)
+    weights = load_file(moved / "model.safetensors")
+    weights["ibert.encoder.layer.1.output.LayerNorm.weight"][5] = 0
+    save_file(weights, moved / "model.safetensors")
+    with pytest.raises(minilpt.UnsupportedModelError, match=r"layers\.1\.outer_norm: channel 5: .* weight 0\.0"):
+        minilpt.load(moved, precision="ibert")
 
 
 def test_a_layer_norm_that_shifts_is_computed_so(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +233,7 @@ def test_checkpoints_of_the_ltp_code_sum_8_bit_probabilities(folder: Path, tmp_p
     traced = pruned.forward(sequences(), trace=True)
     program = pruned.engine.program  # type: ignore[attr-defined]
     integer_rule = program.integer_rule(pruned.pruning.rule)  # type: ignore[union-attr]
-    assert integer_rule.of_8_bits
+    assert program.model.masses_of_8_bits
     assert traced.masses is not None and traced.ffn_lengths is not None
     assert not (traced.masses[0] * (4 * 256) % 1).any()
     for at, ids in enumerate(sequences()):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import minilpt
 from minilpt import integer_reference, ranges, scales
@@ -215,6 +215,8 @@ def test_scales_by_channel_are_folded_and_the_folder_says_so(tmp_path: Path, mon
     check(model, sequences((1, 20, 33)))
     wanted = minilpt.load(folder).logits(texts(50, seed=9))
     assert np.sqrt(np.mean((model.logits(texts(50, seed=9)) - wanted) ** 2)) < 0.2 * wanted.std()
+    as_float = minilpt.load(tmp_path / "integer", precision="ibert-float-head")
+    assert np.abs(as_float.logits(texts(50)) - model.logits(texts(50))).max() < 0.05  # of the head alone
     with pytest.raises(minilpt.UnsupportedModelError, match=r'quant_mode is true.*precision="ibert"'):
         minilpt.load(tmp_path / "integer")
 
@@ -286,6 +288,8 @@ def test_only_integer_models_have_golden_files(quantised: Quantised, tmp_path: P
         (lambda raw: raw["scales"].update({"layers.0.attention_sum": 1e-29}), "layers.0.attention_sum: a ratio"),
         (lambda raw: raw["scales"].update({"layers.0.exp": 1e5}), r"exp\(0\) is the integer 0"),
         (lambda raw: raw["scales"].update({"embeddings.norm": 1e-20}), "more than 32 bits hold"),
+        (lambda raw: raw["scales"].update({"embeddings.sum": 1e-11}), "embeddings.word: .* is too many units"),
+        (lambda raw: raw["scales"].update({"layers.0.inner.again": 1e20}), "leaves nothing of what it reads"),
         (lambda raw: raw.update({"schema_version": 2}), "schema_version 2"),
         (lambda raw: raw.update({"exponents": {"layers.0.inner": []}}), "exponents must name outputs of LayerNorms"),
         (lambda raw: raw.update({"exponents": {"embeddings.norm": [1, 2]}}), "must be 32 integers from 0 to 30"),
@@ -309,14 +313,44 @@ def copied(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_zero_weight_of_a_layer_norm_is_refused_by_name(quantised: Quantised, tmp_path: Path) -> None:
+def test_a_channel_without_weight_has_its_bias_all_the_same(quantised: Quantised, tmp_path: Path) -> None:
     folder = copied(quantised("bert"), tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["bert.encoder.layer.1.output.LayerNorm.weight"][5] = 0
-    from safetensors.numpy import save_file
-
+    at = "bert.encoder.layer.1.output.LayerNorm"
+    weights[f"{at}.weight"][5:8] = 0, 1e-7, -1e-7
+    weights[f"{at}.bias"][5:8] = 0.5, -0.5, 0
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(minilpt.UnsupportedModelError, match=r"layers.1.outer_norm: the weight of channel 5 is 0"):
+    model = minilpt.load(folder, precision="ibert")
+    check(model, sequences((1, 20, 33)))
+    unit = scales.read_scales(folder, model.config).scales["layers.1.outer_norm"]
+    rows = reference(model, sequences((20,))[0]).steps[2]["outer_norm"][:, 5:8]
+    assert (rows == [round(0.5 / unit), round(-0.5 / unit), 0]).all()
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|divide|overflow)")
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("bert.encoder.layer.1.output.LayerNorm.weight", np.inf, "layers.1.outer_norm: channel 5: "),
+        ("bert.encoder.layer.1.output.LayerNorm.bias", 1e30, "layers.1.outer_norm: channel 5: bias 1.0"),
+        ("bert.encoder.layer.1.output.LayerNorm.bias", np.nan, "layers.1.outer_norm: channel 5: bias nan"),
+        (f"{QUERY}.bias", np.nan, "layers.0.query: sums of output 5"),
+        (f"{QUERY}.weight_scale", 0, "layers.0.query: scales of rows must be positive"),
+        (f"{QUERY}.weight_scale", -1, "layers.0.query: scales of rows must be positive"),
+        (f"{QUERY}.weight_scale", np.nan, "layers.0.query: scales of rows must be positive"),
+    ],
+)
+def test_weights_that_integers_cannot_hold_are_refused_by_name(
+    quantised: Quantised, tmp_path: Path, name: str, value: float, said: str
+) -> None:
+    folder = copied(quantised("bert"), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights[name][5] = value
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(minilpt.UnsupportedModelError, match=said):
         minilpt.load(folder, precision="ibert")
 
 
@@ -336,6 +370,37 @@ def test_what_integers_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(minilpt.UnsupportedModelError, match="narrower"):
         minilpt.quantize_model(minilpt.load(other), texts(20), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("active", [0, 1])
+def test_an_activation_that_is_nearly_always_zero_is_quantised(tmp_path: Path, active: int) -> None:
+    """Its percentiles are 0, a range that no integers can have: those ways are left out."""
+    content = checkpoints.config(hidden_act="relu")
+    folder = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "float", content))
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.encoder.layer.1.intermediate.dense.bias"][active:] = -100
+    save_file(weights, folder / "model.safetensors")
+    minilpt.quantize_model(minilpt.load(folder), texts(20), tmp_path / "integer")
+    check(minilpt.load(tmp_path / "integer", precision="ibert"), sequences((1, 20)))
+
+
+def test_a_folder_holds_what_a_model_needs_and_nothing_else(quantised: Quantised) -> None:
+    names = {path.name for path in quantised("bert").iterdir()}
+    assert names == {"config.json", "integer.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"}
+
+
+def test_a_relative_rule_of_too_many_tokens_is_refused(quantised: Quantised, tmp_path: Path) -> None:
+    folder = copied(quantised("bert"), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    table = "bert.embeddings.position_embeddings.weight"
+    weights[table] = np.zeros((2**13, 32), np.int8)
+    weights[f"{table}_scale"] = np.ones(2**13, np.float32)
+    save_file(weights, folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2**13}
+    (folder / "config.json").write_text(json.dumps(content))
+    minilpt.load(folder, precision="ibert", pruning=RULES["threshold"])
+    with pytest.raises(minilpt.PruningError, match="4 heads and 8192 tokens"):
+        minilpt.load(folder, precision="ibert", pruning=RULES["relative"])
 
 
 def test_quantise_checks_before_it_works(quantised: Quantised, tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ def test_lost_points_are_paired() -> None:
     wanted = np.array([0.0, 1.0] * 50)
     dense = wanted.copy()
     dense[:10] = 1 - dense[:10]
-    same = pruning_study._difference(dense, dense, wanted, TASKS["rte"])
+    same = pruning_study.difference(dense, dense, wanted, TASKS["rte"])
     assert same == [0, 0, 0]
     worse = dense.copy()
     worse[50:60] = 1 - worse[50:60]
-    lost, low, high = pruning_study._difference(worse, dense, wanted, TASKS["rte"])
+    lost, low, high = pruning_study.difference(worse, dense, wanted, TASKS["rte"])
     assert lost == pytest.approx(10)
     assert 3 < low < 10 < high < 17
 

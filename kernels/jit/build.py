@@ -18,8 +18,8 @@ from . import integer_lines, lines, products
 from .attention import add_mass, attention_context, attention_probs, average_mass, clear, pack_keys
 from .encoder import forward
 from .integer_encoder import integer_forward
-from .integer_encoder import keep as keep_integer
 from .integer_products import integer_product
+from .integer_rules import keep as keep_integer
 from .memory import record, view
 from .products import product
 from .rules import keep, merge_rows

@@ -141,7 +141,8 @@ def full_layer(model, number, batch, work, bounds, after, local, scratch, thread
                 n_initial = initial_length(batch, s)
                 found = rules.keep(mass, n, rule, n_initial, bounds[s], kept, count)
                 if batch.masses and thread == 0:
-                    trace(batch, number, bounds[s], n, mass, kept, count, found)
+                    masses = view(batch.masses + 4 * (number * batch.tokens + bounds[s]), n, np.float32)
+                    trace(batch, number, bounds[s], n, mass, kept, count, found, masses)
                 merged = -1
                 if rule.merge and found < n:
                     merged = rules.merge(mass, n, kept, count, found, bounds[s])
@@ -158,10 +159,12 @@ def full_layer(model, number, batch, work, bounds, after, local, scratch, thread
 
 
 @compiled
-def trace(batch, layer, first, n, mass, kept, at, count):
-    """Record one sequence's masses, and which of its rows, first to first + n, are in kept[at : at + count]."""
-    row = layer * batch.tokens + first
-    masses, goes_on = view(batch.masses + 4 * row, n, np.float32), view(batch.kept + row, n, np.uint8)
+def trace(batch, layer, first, n, mass, kept, at, count, masses):
+    """Record one sequence's masses, and which of its rows, first to first + n, are in kept[at : at + count].
+
+    masses: where they go, as (n,) of their type.
+    """
+    goes_on = view(batch.kept + layer * batch.tokens + first, n, np.uint8)
     for k in range(n):
         masses[k], goes_on[k] = mass[k], 0
     for k in range(at, at + count):
@@ -204,7 +207,7 @@ def attend(model, work, qkv, n, row, local, thread, threads):
     keys, values = local, local + keys_bytes(n, model.head_width)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        q, k, v = head_places(model, work, qkv, h)
+        q, k, v = head_places(model, work, qkv, h, 4)
         probs, out = work.probs + h * work.probs_bytes, work.context.floats + h * width
         pack_keys(k, stride, n, model.head_width, keys)
         pack_values(v, stride, n, model.head_width, values)
@@ -216,9 +219,9 @@ def attend(model, work, qkv, n, row, local, thread, threads):
 
 
 @compiled
-def head_places(model, work, qkv, h):
-    """Addresses of one head's queries, keys and values."""
-    part, width = work.query_key_value_stride // 3, 4 * model.head_width
+def head_places(model, work, qkv, h, item_bytes):
+    """Addresses of one head's queries, keys and values, of so many bytes each."""
+    part, width = work.query_key_value_stride // 3, item_bytes * model.head_width
     return qkv + h * width, qkv + part + h * width, qkv + 2 * part + h * width
 
 
@@ -228,7 +231,7 @@ def score(model, work, qkv, n, keys, received, thread, threads):
     stride, line = work.query_key_value_stride, probs_stride(n)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        q, k, _ = head_places(model, work, qkv, h)
+        q, k, _ = head_places(model, work, qkv, h, 4)
         probs, total = work.probs + h * work.probs_bytes, received + h * work.received_bytes
         pack_keys(k, stride, n, model.head_width, keys)
         clear(total, n)
@@ -249,7 +252,7 @@ def attend_kept(model, work, qkv, n, kept, row, count, first, shares, merged, va
     line, width = probs_stride(n), 4 * model.head_width
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        _, _, v = head_places(model, work, qkv, h)
+        _, _, v = head_places(model, work, qkv, h, 4)
         pack_values(v, work.query_key_value_stride, n, model.head_width, values)
         probs = work.probs + h * work.probs_bytes
         if merged >= 0:
@@ -336,7 +339,7 @@ def first_row_layer(model, number, batch, work, bounds, after, local, scratch, t
         for s in range(b, next_):
             n, place = bounds[s + 1] - bounds[s], qkv + (bounds[s] - bounds[b]) * stride
             for h in range(from_head, to_head):
-                _, k, v = head_places(model, work, place, h)
+                _, k, v = head_places(model, work, place, h, 4)
                 q = queries + s * query_stride + 4 * h * model.head_width
                 out = work.context.floats + s * work.context.stride + 4 * h * model.head_width
                 probs = work.probs + h * work.probs_bytes

@@ -10,10 +10,9 @@ import numpy as np
 
 from .. import blocks
 from ..blocks import QUERIES, ROWS_OF_BLOCK
-from ..integer import MASS_DROP
 from ..isa import LANES
 from . import integer_lines as lines
-from .encoder import chunk_end, initial_length
+from .encoder import chunk_end, head_places, initial_length, trace
 from .integer_lines import ITEM_BYTES
 from .integer_products import (
     COLUMNS,
@@ -26,6 +25,7 @@ from .integer_products import (
     panel_sums,
     values_bytes,
 )
+from .integer_rules import keep, merge, merge_rows, total_mass
 from .memory import compiled, copy, record, share, view, wait
 
 
@@ -124,7 +124,8 @@ def full_layer(model, layer, number, batch, work, bounds, after, scratch, thread
                 total_mass(received, work.received_bytes, model.heads, n, mass)
                 found = keep(mass, n, rule, initial_length(batch, s), bounds[s], kept, count)
                 if batch.masses and thread == 0:
-                    trace(batch, number, bounds[s], n, mass, kept, count, found)
+                    masses = view(batch.masses + 8 * (number * batch.tokens + bounds[s]), n, np.int64)
+                    trace(batch, number, bounds[s], n, mass, kept, count, found, masses)
                 merged = -1
                 if rule.merge and found < n:
                     merged = merge(mass, n, kept, count, found, bounds[s])
@@ -145,121 +146,6 @@ def full_layer(model, layer, number, batch, work, bounds, after, scratch, thread
 @compiled
 def view_rule(batch, number):
     return view(batch.rule, number + 1, blocks.INTEGER_RULE)[number]
-
-
-@compiled
-def trace(batch, layer, first, n, mass, kept, at, count):
-    """Record one sequence's masses, and which of its rows, first to first + n, are in kept[at : at + count]."""
-    row = layer * batch.tokens + first
-    masses, goes_on = view(batch.masses + 8 * row, n, np.int64), view(batch.kept + row, n, np.uint8)
-    for k in range(n):
-        masses[k], goes_on[k] = mass[k], 0
-    for k in range(at, at + count):
-        goes_on[kept[k] - first] = 1
-
-
-@compiled
-def keep(mass, n, rule, n_initial, offset, kept, at):
-    """`minilpt.integer_rules`: the places of kept tokens, each plus `offset`, to kept[at:] in order; returns how many."""
-    if rule.kind == blocks.COUNT:
-        return _keep_largest(mass, n, view(rule.counts, n_initial + 1, np.int32)[n_initial], offset, kept, at)
-    lowest, drop, up = np.int64(0), 0, 0
-    if rule.kind == blocks.ABSOLUTE:
-        z = n_initial if rule.denominator == blocks.INITIAL else rule.denominator
-        z = min(n if rule.denominator == blocks.LIVE else z, rule.limit)
-        lowest = min(rule.lowest, blocks.MOST_MASS // z) * z
-    elif rule.kind == blocks.RELATIVE:
-        drop, up = MASS_DROP, blocks.RELATIVE_BITS
-        most = np.int64(0)
-        for k in range(n):
-            most = max(most, mass[k] >> drop)
-        lowest = rule.lowest * most
-    count = 0
-    for k in range(n):
-        if k == 0 or rule.kind == blocks.KEEP_ALL or (mass[k] >> drop) << up >= lowest:
-            kept[at + count] = offset + k
-            count += 1
-    return count
-
-
-@compiled
-def _keep_largest(mass, n, wanted, offset, kept, at):
-    """Token 0 and the wanted - 1 largest others; ties go to the lower place."""
-    count = 0
-    for k in range(n):
-        rank = 1  # how many stand before k: the pinned token, and those with more mass
-        for j in range(1, n):
-            rank += mass[j] > mass[k] or (mass[j] == mass[k] and j < k)
-        if k == 0 or rank < wanted:
-            kept[at + count] = offset + k
-            count += 1
-    return count
-
-
-@compiled
-def merge(mass, n, kept, at, count, offset):
-    """Let the removed tokens go on as one, in the place of the first of them: its place among all, which is returned.
-
-    mass: (n,) int64, becomes what `integer.merge_weights` says; kept[at : at + count]: as `keep` left it, with at least
-    one token removed; the merged one's place is put in.
-    """
-    total, first, place = np.int64(0), -1, at
-    for k in range(n):
-        if place < at + count and kept[place] == offset + k:
-            mass[k] = 0
-            place += 1
-        else:
-            mass[k] = mass[k] >> MASS_DROP
-            total += mass[k]
-            first = k if first < 0 else first
-    place = at
-    for k in range(n):
-        if place < at + count and kept[place] == offset + k:
-            place += 1
-        elif total == 0:
-            mass[k] = 1
-    for place in range(at + count, at + first, -1):
-        kept[place] = kept[place - 1]
-    kept[at + first] = offset + first
-    return first
-
-
-@compiled
-def merge_rows(rows, stride, width, weight, n, first, room):
-    """Row `first` becomes the weighted mean of n rows of items, halves up; rows before it have no weight.
-
-    room: (width,) int64. What all items have too much for their values, the mean has too.
-    """
-    sums, total = view(room, width, np.int64), np.int64(0)
-    for i in range(width):
-        sums[i] = 0
-    for k in range(first, n):
-        if weight[k]:
-            items = view(rows + k * stride, width, lines.ITEM)
-            total += weight[k]
-            for i in range(width):
-                sums[i] += weight[k] * np.int64(items[i])
-    target = view(rows + first * stride, width, lines.ITEM)
-    for i in range(width):
-        target[i] = (2 * sums[i] + total) // (2 * total)
-
-
-@compiled
-def total_mass(received, received_bytes, heads, n, mass):
-    """(n,) int64: what the heads received."""
-    for k in range(n):
-        mass[k] = 0
-    for h in range(heads):
-        row = view(received + h * received_bytes, n, np.int64)
-        for k in range(n):
-            mass[k] += row[k]
-
-
-@compiled
-def head_places(model, work, qkv, h):
-    """Addresses of one head's queries, keys and values, items."""
-    part, width = work.query_key_value_stride // 3, ITEM_BYTES * model.head_width
-    return qkv + h * width, qkv + part + h * width, qkv + 2 * part + h * width
 
 
 @compiled
@@ -308,7 +194,7 @@ def attend(model, layer, work, qkv, n, row, room, thread, threads):
     sums = probs + QUERIES * probs_stride(n)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        q, k, v = head_places(model, work, qkv, h)
+        q, k, v = head_places(model, work, qkv, h, ITEM_BYTES)
         starts = pack_keys(k, stride, n, width, keys)
         pack_values(v, stride, n, width, values)
         out = work.context + h * ITEM_BYTES * width
@@ -333,7 +219,7 @@ def score(model, layer, work, qkv, n, received, room, thread, threads):
     keys, _, scores = rooms(room, n, width)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        q, k, _ = head_places(model, work, qkv, h)
+        q, k, _ = head_places(model, work, qkv, h, ITEM_BYTES)
         probs, total = work.probs + h * work.probs_bytes, received + h * work.received_bytes
         starts = pack_keys(k, stride, n, width, keys)
         sums = view(total, n, np.int64)
@@ -355,7 +241,7 @@ def attend_kept(model, layer, work, qkv, n, kept, row, count, first, weight, mer
     free, values, sums = rooms(room, n, width)
     begin, end = share(model.heads, thread, threads)
     for h in range(begin, end):
-        _, _, v = head_places(model, work, qkv, h)
+        _, _, v = head_places(model, work, qkv, h, ITEM_BYTES)
         pack_values(v, work.query_key_value_stride, n, width, values)
         probs = work.probs + h * work.probs_bytes
         if merged >= 0:
@@ -448,7 +334,7 @@ def first_row_layer(model, layer, batch, work, bounds, after, scratch, thread, t
             probs = scores + scores_stride(n)
             sums = probs + 64 * ((probs_stride(n) + 63) // 64)
             for h in range(from_head, to_head):
-                _, k, v = head_places(model, work, place, h)
+                _, k, v = head_places(model, work, place, h, ITEM_BYTES)
                 q = queries + s * query_stride + ITEM_BYTES * h * width
                 starts = pack_keys(k, stride, n, width, keys)
                 pack_values(v, stride, n, width, values)

@@ -19,7 +19,7 @@ from .vector import I64, Emitter
 
 ITEM_BYTES = chosen().item_bytes
 ITEM = np.uint8 if ITEM_BYTES == 1 else np.int16
-ITEM_ZERO = 128 if chosen().int8 == "dot" else 0  # the item of an 8-bit 0
+ITEM_ZERO = chosen().item_zero
 NORM_MOST = 2 ** (22 - 1)
 EXP_MOST = 2 ** (integer.EXP_OUTPUT_BITS - 1) - 1
 MOST_PROB = (1 << SOFTMAX_BITS) - 1
@@ -244,15 +244,15 @@ def norm_line(address, total, count, norm, again_multiplier, again_shift, out):
     deviation = max(square_root(square), 1) << norm.drop
     factor = (np.int64(1) << 31) // deviation
     if norm.usual and factor < 1 << 31:
-        constants = (norm.bias, norm.output.multiplier, norm.output.shift)
+        constants = (norm.bias, norm.late, norm.output.multiplier, norm.output.shift)
         integer_vector.norm_row(address, count, factor, *constants, again_multiplier, again_shift, out)
         return
     x, items = view(address, count, np.int32), view(out, count, ITEM)
     bias, multiplier = view(norm.bias, count, np.int32), view(norm.output.multiplier, count, np.int32)
-    shift = view(norm.output.shift, count, np.int32)
+    shift, late = view(norm.output.shift, count, np.int32), view(norm.late, count, np.int32)
     for i in range(count):
         value = ((np.int64(x[i]) * factor) >> 1) + np.int64(bias[i])
-        value = to_8_bits(rounded(value * np.int64(multiplier[i]), np.int64(shift[i])))
+        value = to_8_bits(rounded(value * np.int64(multiplier[i]), np.int64(shift[i])) + np.int64(late[i]))
         items[i] = _again(value, again_multiplier, again_shift) + ITEM_ZERO
 
 

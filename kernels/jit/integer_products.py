@@ -13,7 +13,6 @@ from .memory import compiled, view
 RUNG = chosen()
 TALL, COLUMNS, GROUP = RUNG.rows, RUNG.columns, RUNG.group
 TILE, HALF_TILE = tiles.sum_tile(RUNG.vectors), tiles.sum_tile(max(1, RUNG.vectors // 2))
-TILE_BYTES = 4 * TALL * COLUMNS  # of one tile's sums
 SIGN = np.uint32(0x80808080 if ITEM_ZERO else 0)
 
 
@@ -21,7 +20,7 @@ SIGN = np.uint32(0x80808080 if ITEM_ZERO else 0)
 def integer_product(x, stride, count, matrix, begin, end, out, out_stride, ending, room):
     """What `ending` makes of x W^T + b, panels begin to end of the matrix, `count` rows of items from x on.
 
-    Panel p's columns begin at out + p * COLUMNS of int32 (SUMS) or items. room: TILE_BYTES of this thread's own.
+    Panel p's columns begin at out + p * COLUMNS of int32 (SUMS) or items. room: one tile's sums, of this thread's own.
     """
     sums, panel_bytes = ending.kind == SUMS, matrix.depth * GROUP * COLUMNS
     item_bytes = 4 if sums else ITEM_BYTES

@@ -1,8 +1,8 @@
 """The integer-only operations in whole vectors, as LLVM IR behind Numba intrinsics: `integer_lines`, bit for bit, faster.
 
-They serve the usual constants, those that `kernels.compiled_integer.is_usual` and its like let through: numbers that fit into 32 bits
-where 64 would be slow, and products that are never exactly half of a unit, so that halves need no care. Sixteen int32
-lanes are two halves of int64 lanes where products are wide. Rows have room for whole vectors of 16.
+They serve the usual constants, which the records of `kernels.compiled_integer` mark: numbers that fit into 32 bits where
+64 would be slow, and products that are never exactly half of a unit, so that halves need no care. Sixteen int32 lanes are
+two halves of int64 lanes where products are wide. Rows have room for whole vectors of 16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HALF = ir.VectorType(I64, LANES // 2)
 NARROW_HALF = ir.VectorType(I32, LANES // 2)
 ITEM, ITEM_BYTES = (I8, 1) if chosen().item_bytes == 1 else (I16, 2)
 ITEMS = ir.VectorType(ITEM, LANES)
-ITEM_ZERO = 128 if chosen().int8 == "dot" else 0
+ITEM_ZERO = chosen().item_zero
 VOID = types.void
 Finish = Callable[[Value], Value]
 Step = Callable[[list[Value], Value, Value | None], list[Value]]
@@ -301,11 +301,11 @@ def square_row(typingctx, values, count, mean, drop):
 
 
 @intrinsic
-def norm_row(typingctx, values, count, factor, bias, multiplier, shift, again, again_shift, out):
-    """Items of int32 deviations times `factor` / 2, below 2^31, with bias, requantised; again: 0 for once only."""
+def norm_row(typingctx, values, count, factor, bias, late, multiplier, shift, again, again_shift, out):
+    """Items of int32 deviations times `factor` / 2, below 2^31, with biases, requantised; again: 0 for once only."""
 
     def code(context, builder, signature, arguments):
-        values, count, factor, bias, multiplier, shift, again, again_shift, out = arguments
+        values, count, factor, bias, late, multiplier, shift, again, again_shift, out = arguments
         emit = Integers(builder)
         factor = emit.splat(builder.sext(builder.trunc(factor, I32), I64), HALF)
 
@@ -313,10 +313,11 @@ def norm_row(typingctx, values, count, factor, bias, multiplier, shift, again, a
             halves = emit.halves(emit.numbers(values, at))
             quotient = emit.joined([builder.ashr(builder.mul(half, factor), emit.wide(1)) for half in halves])
             value = builder.add(quotient, emit.numbers(bias, at))
-            value = emit.clamp(emit.scaled(value, emit.numbers(multiplier, at), emit.numbers(shift, at)), 128)
+            value = emit.scaled(value, emit.numbers(multiplier, at), emit.numbers(shift, at))
+            value = emit.clamp(builder.add(value, emit.numbers(late, at)), 128)
             emit.put_items(finish(value), out, at)
 
         emit.once_or_again(count, again, again_shift, step)
         return context.get_dummy_value()
 
-    return VOID(*[types.int64] * 9), code
+    return VOID(*[types.int64] * 10), code

@@ -15,7 +15,7 @@ def keep(mass, n, rule, n_initial, offset, kept, at):
     mass: (n,) float32, kept: int64, rule: a `blocks.RULE` record; n_initial: the length before layer 0.
     """
     if rule.kind == blocks.COUNT:
-        return _keep_largest(mass, n, _wanted(n_initial, rule.value), offset, kept, at)
+        return keep_largest(mass, n, _wanted(n_initial, rule.value), offset, kept, at)
     divisor = np.float32(_denominator(rule, n, n_initial))
     if rule.kind == blocks.RELATIVE:
         divisor = mass[0]
@@ -91,7 +91,7 @@ def _wanted(n_initial, rate):
 
 
 @compiled
-def _keep_largest(mass, n, wanted, offset, kept, at):
+def keep_largest(mass, n, wanted, offset, kept, at):
     """Token 0 and the wanted - 1 largest others; ties go to the lower place."""
     count = 0
     for k in range(n):
