@@ -90,6 +90,20 @@ def test_the_readme_s_words_on_long_texts_follow_from_the_results() -> None:
     assert 0.4 < found["dense"]["accuracy"] - found["pruned"]["accuracy"] < 0.7
 
 
+def test_the_stored_integers_have_the_accuracy_of_the_card_exactly(shared: Path) -> None:
+    """The same on every machine; within a point of float32, and of 1.5 when pruned."""
+    task = tasks.TASKS["sst-2"]
+    examples = tasks.read_examples(shared / "data" / "glue" / "SST-2" / "dev.tsv", task)
+    found = evaluate.evaluate(minilpt.load(precision="ibert"), examples, task, repeats=1)["variants"]
+    expected = json.loads((FOLDER / "results-ibert.json").read_text(encoding="utf-8"))["variants"]
+    for name, variant in found.items():
+        for key in ("accuracy", "relative_flops_counted", "kept_tokens"):
+            assert variant[key] == expected[name][key], (name, key)
+    dense = RESULTS["variants"]["dense"]["accuracy"]
+    assert dense - found["dense"]["accuracy"] <= 1.0
+    assert dense - found["pruned"]["accuracy"] <= 1.5
+
+
 def test_the_stored_file_has_the_accuracy_and_the_flops_of_its_card(shared: Path) -> None:
     """And at most 1.0 point is lost to pruning, at no less than 1.7 x fewer counted FLOPs."""
     task = tasks.TASKS["sst-2"]

@@ -2,6 +2,7 @@
 
 minilpt eval sst-2 --data dev.tsv --model FOLDER --out FOLDER/results.json
 minilpt eval imdb --data imdb_dev_2000.jsonl --repeats 1 --model FOLDER --out FOLDER/results-imdb.json
+minilpt eval sst-2 --data dev.tsv --precision ibert --repeats 1 --model FOLDER --out FOLDER/results-ibert.json
 python -m minilpt.weights.recipes.model_card FOLDER
 """
 
@@ -85,6 +86,9 @@ sequence's own initial length, or by {options[denominator_limit]} where that is 
 
 Stored as int8 per row for all matrices and float32 for the rest; computed in float32.
 
+With `precision="ibert"` the same file is computed in integers only, by the ranges in `integer.json`, which `minilpt
+quantize --no-by-channel` found on {ranges} rows of the train set: {integers}
+
 ## Limits
 
 Trained on sentences; thresholds too. Longer texts are scored as if they had {options[denominator_limit]} tokens, which
@@ -110,7 +114,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def card(folder: Path) -> str:
-    """The card's text for a model folder that holds results.json, results-imdb.json and train_log.jsonl."""
+    """The card's text for a model folder that holds the results of the three commands, integer.json and the log."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in reversed(log) if record.get("event") == "start")
@@ -129,7 +133,19 @@ def card(folder: Path) -> str:
         options=start["options"],
         command_line=_command_line(start["options"]),
         looks=LOOKS.format(low=min(choices), high=max(choices)),
+        ranges=json.loads((folder / "integer.json").read_text(encoding="utf-8"))["provenance"]["texts"],
+        integers=_of_integers(json.loads((folder / "results-ibert.json").read_text(encoding="utf-8"))),
         reviews=_of_reviews(json.loads((folder / "results-imdb.json").read_text(encoding="utf-8"))),
+    )
+
+
+def _of_integers(results: dict[str, Any]) -> str:
+    """One sentence on `minilpt eval sst-2 --precision ibert`."""
+    dense, pruned = results["variants"]["dense"], results["variants"]["pruned"]
+    return (
+        f"SST-2 dev accuracy {dense['accuracy']:.2f} dense and {pruned['accuracy']:.2f} pruned, at "
+        f"{pruned['relative_flops_counted']:.2f} of the counted FLOPs (`results-ibert.json`; the same command with "
+        f"`--precision ibert`)."
     )
 
 
