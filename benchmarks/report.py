@@ -47,6 +47,19 @@ def _shown(values: tuple[float, float, float] | None) -> str:
     return "-" if values is None else f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
+def kernel_summary(results: Mapping[str, Any], avx2: Mapping[str, Any]) -> str:
+    """A sentence on the whole forward pass of `benchmarks.kernels`, here and on the AVX2 rung."""
+    shares = [results["forward"][name]["share_of_peak"]["dense"] for name in ("fp32", "int8")]
+    gains = [found["forward"][name]["pruning_gain"] for found in (results, avx2) for name in ("fp32", "int8")]
+    times = [f"{gain['time']:.2f}" for gain in gains]
+    return (
+        f"On one thread the RoBERTa-base forward pass reaches {shares[0]:.0%} of the core's measured float32 peak and "
+        f"{shares[1]:.0%} of its int8 peak, and pruning gains {times[0]} x and {times[1]} x in time for "
+        f"{gains[0]['executed']:.2f} x fewer executed FLOPs; with the AVX2 instructions that Haswell began, {times[2]} "
+        f"x and {times[3]} x (`python -m benchmarks.kernels`, with `MINILPT_ISA=avx2`)."
+    )
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

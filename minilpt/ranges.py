@@ -188,7 +188,7 @@ class _Search:
         weights = dict(self.weights)
         for norm, exponents in scales.exponents.items():
             for name in _readers(norm, self.config.layers):
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] * np.exp2(exponents).astype(np.float32)
+                weights[f"{name}.weight"] = np.ldexp(weights[f"{name}.weight"], exponents)
         return weights
 
     def _error(self, chosen: Mapping[str, Range], ids: list[list[int]], first: int) -> float:
@@ -243,7 +243,7 @@ def _ranges(values: Float32, by_channel: bool) -> Iterator[Range]:
         base = np.quantile(channels, CHANNEL_QUANTILE)
         exponents = np.ceil(np.log2(np.maximum(channels, base) / base)).astype(np.int64)
         if exponents.any():
-            yield Range("channels", _least_squares(values / np.exp2(exponents).astype(np.float32)), exponents)
+            yield Range("channels", _least_squares(np.ldexp(values, -exponents)), exponents)
 
 
 def _least_squares(values: Float32) -> np.float32:

@@ -60,7 +60,7 @@ class Scales:
     def by_channel(self, name: str) -> Any:
         """The scale, or (D,) of them."""
         exponents, scale = self.exponents.get(name.removesuffix(AGAIN)), self.scales[name]
-        return scale if exponents is None else scale * np.exp2(exponents).astype(scale.dtype)
+        return scale if exponents is None else np.ldexp(scale, exponents)
 
 
 def activation_names(config: ModelConfig) -> dict[str, int]:

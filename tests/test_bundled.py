@@ -83,6 +83,12 @@ def test_the_readme_s_ratios_are_those_of_the_peers_benchmark() -> None:
     assert report.latency_summary(results) in README
 
 
+def test_the_readme_s_sentence_on_the_forward_pass_is_that_of_the_kernels_benchmark() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("kernels", "kernels-avx2")]
+    assert report.kernel_summary(*files) in " ".join(README.split())
+
+
 def test_the_readme_s_words_on_long_texts_follow_from_the_results() -> None:
     """A third of the counted FLOPs removed, about half a point fewer right."""
     found = json.loads((FOLDER / "results-imdb.json").read_text(encoding="utf-8"))["variants"]
