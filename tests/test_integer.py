@@ -6,6 +6,7 @@ The compiled ones run on the rung that MINILPT_ISA names or the machine's highes
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -173,6 +174,12 @@ CASES: dict[str, Callable[[np.random.Generator, int, int], Usual]] = {
 @given(seed=seeds, rows=st.sampled_from([1, 2, 5, 6, 7, 13]), width=st.sampled_from(WIDTHS))
 def test_a_compiled_operation_gives_the_reference_s_integers(name: str, seed: int, rows: int, width: int) -> None:
     CASES[name](np.random.default_rng(seed), rows, width)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "softmax"])
+def test_twins_have_one_signature(name: str) -> None:
+    reference, compiled = (inspect.signature(getattr(module, name)) for module in (integer, compiled_integer))
+    assert reference == compiled
 
 
 @pytest.mark.parametrize("name", ["add_requantized", "i_gelu", "i_layer_norm", "softmax"])
