@@ -48,10 +48,17 @@ def kernel_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def machine_line(results: Results) -> str:
+    """What the numbers were measured on."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"Measured on {machine['processor']}, Python {machine['python']}, {versions}, {machine['date']}."
+
+
 def main() -> None:
     """Print all tables."""
     results = files.read_json(RESULTS)
-    print("\n\n".join(table(results) for table in (accuracy_table, speed_table, kernel_table)))
+    print("\n\n".join(table(results) for table in (accuracy_table, speed_table, kernel_table, machine_line)))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _engine(folder: Path, config: ModelConfig, rule: KeepRule | None, backend: b
     if config.quant_mode:
         raise UnsupportedModelError(
             f"{folder / 'config.json'}: quant_mode is true: these weights are for integers; load them with "
-            f'precision="ibert"'
+            f'precision="ibert", and take the float model for everything else'
         )
     if backend.name == "numpy":
         return NumpyEngine(config, checkpoint.load_weights(folder, config), rule, backend)

@@ -113,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     quantization.add_argument(
-        "--by-channel", action=argparse.BooleanOptionalAction, default=True, help="allow scales that differ by channel"
+        "--by-channel",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="allow scales that differ by channel; a folder that has some loads in no other precision",
     )
     _add_progress_option(quantization, "on a terminal")
     quantization.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
@@ -291,9 +294,10 @@ def _quantize(options: argparse.Namespace) -> None:
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
     found = quantize_model(model, texts, options.out, by_channel=options.by_channel, progress=wanted)
     record = {
-        "rms_of_logits": {"at_first": found.rms_start, "chosen": found.rms, "held_out": found.held_out_rms},
-        "agreement": found.agreement,
+        "rms_of_logits": {"before": found.rms[0], "after": found.rms[1]},
+        "held_out": {"before": found.held_out_rms[0], "after": found.held_out_rms[1], "agreement": found.agreement},
         "methods": dict(Counter(found.methods.values())),
+        "precisions": ["ibert"] if found.scales.exponents else list(backends.PRECISIONS),
     }
     print(json.dumps(record, indent=2))
     print(f"minilpt: wrote {options.out}", file=sys.stderr)

@@ -12,6 +12,7 @@ import datetime
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +26,7 @@ from . import backends, ragged, reference
 from .api import Classifier, Item, progress_bar, text_items
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_json
-from .errors import BackendError, CalibrationError, InputError, UnsupportedModelError
+from .errors import CalibrationError, InputError, MinilptWarning, UnsupportedModelError
 from .integer_model import check_supported, integer_model
 from .integer_program import IntegerProgram
 from .kernels import NUMPY
@@ -38,7 +39,7 @@ from .weights.save import save_weights
 
 Float32 = NDArray[np.float32]
 
-FEWEST_TEXTS = 16
+FEWEST_TEXTS, FEW_TEXTS = 16, 100
 MOST_TOKENS = 8192  # of the texts that are run: their activations in one layer, 14 D floats each, are held at a time
 PERCENTILES = (99.9, 99.99)
 CLIPS = np.linspace(0.2, 1, 33)  # of the largest value, among which the least squared error is searched
@@ -69,15 +70,15 @@ class Range:
 class Ranges:
     """What `quantize_model` found. methods: chosen, by activation.
 
-    rms_start, rms: root mean squared differences of logits from the float model's, on the half that chose, before and
-    after; held_out_rms, agreement: on the other half, with the share of equal labels (None for regression).
+    rms: root mean squared differences of logits from the float model's, (before, after) the trials, on the half of the
+    texts that chose; held_out_rms: the same on the other half; agreement: the share of equal labels there, after (None
+    for regression).
     """
 
     scales: Scales
     methods: Mapping[str, str]
-    rms_start: float
-    rms: float
-    held_out_rms: float
+    rms: tuple[float, float]
+    held_out_rms: tuple[float, float]
     agreement: float | None
 
 
@@ -94,7 +95,6 @@ def quantize_model(
     """
     target = Path(out)
     items = text_items(texts)
-    _check(model, len(items), target)
     return quantize_sequences(model, *model.encode(items), target, by_channel=by_channel, progress=progress)
 
 
@@ -116,7 +116,7 @@ def quantize_sequences(
     provenance = {
         "method": "ranges of activations chosen by the logits' error (minilpt quantize)",
         "texts": len(trials.ids),
-        "held_out_rms": found.held_out_rms,
+        "held_out_rms": found.held_out_rms[1],
         "agreement": found.agreement,
         "methods": dict(found.methods),
         "date": datetime.date.today().isoformat(),
@@ -129,7 +129,10 @@ def _check(model: Classifier, count: int, target: Path) -> None:
     if target.exists():
         raise InputError(f"{target}: is there already; name a folder that is to be made")
     if count < FEWEST_TEXTS:
-        raise CalibrationError(f"ranges need at least {FEWEST_TEXTS} texts, found {count}")
+        raise CalibrationError(f"ranges need at least {FEWEST_TEXTS} texts, found {count}; {FEW_TEXTS} are better")
+    if count < FEW_TEXTS:
+        message = f"{count} texts are few for the ranges of activations; {FEW_TEXTS} or more are better"
+        warnings.warn(message, MinilptWarning, stacklevel=3)
     if model.config.quant_mode:
         raise UnsupportedModelError(f"{model.folder}: quant_mode is true: this model is quantised already")
     check_supported(model.config)
@@ -153,10 +156,8 @@ class _Search:
         lengths = np.cumsum([len(row) for row in ids])
         count = max(FEWEST_TEXTS, int(np.searchsorted(lengths, MOST_TOKENS, side="right")))
         self.ids, self.segments = ids[:count], segments[:count]
-        backend = backends.choose("cpu", "ibert", threads)
-        if backend.name != "numba":
-            raise BackendError(f"integer-only inference needs the compiled kernels: {backend.reason}")
-        self._backend, self._engine = backend, None  # type: Any, CompiledEngine | None
+        self._backend = backends.choose("cpu", "ibert", threads)
+        self._engine: CompiledEngine | None = None
         self._float = [_logits(config, weights, *texts) for texts in zip(self.ids, self.segments, strict=True)]
 
     def run(self, by_channel: bool, search: bool, progress: bool) -> Ranges:
@@ -164,9 +165,10 @@ class _Search:
         options = dict(self._options(by_channel))
         chosen = {name: ways[0] for name, ways in options.items()}
         even, odd = self.ids[::2], self.ids[1::2]
-        best = start = self._error(chosen, even, 0)
+        before = best = self._error(chosen, even, 0)
+        held_out_before = self._error(chosen, odd, 1)
         trials = [(name, way) for name, ways in options.items() for way in ways[1:] if search]
-        with progress_bar(len(trials), progress) as bar:
+        with progress_bar(len(trials), progress, unit="trial") as bar:
             for name, way in trials:
                 try:
                     error = self._error({**chosen, name: way}, even, 0)
@@ -181,7 +183,8 @@ class _Search:
         if self.config.problem_type != "regression" and len(self.config.labels) > 1:
             agreement = float(np.mean(logits.argmax(axis=1) == wanted.argmax(axis=1)))
         methods = {name: way.method for name, way in chosen.items()}
-        return Ranges(self._scales(chosen), methods, start, best, _rms(logits - wanted), agreement)
+        after = _rms(logits - wanted)
+        return Ranges(self._scales(chosen), methods, (before, best), (held_out_before, after), agreement)
 
     def folded(self, scales: Scales) -> dict[str, Float32]:
         """The weights, those that read a LayerNorm with scales by channel multiplied by its powers of two."""

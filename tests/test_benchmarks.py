@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import engines, report, workloads
+from benchmarks import engines, files, integer, integer_report, report, workloads
 
 
 def test_a_ratio_is_against_the_fastest_peer_of_its_precision_in_each_round() -> None:
@@ -73,3 +73,14 @@ def test_every_row_is_in_one_batch_and_batches_hold_what_was_asked() -> None:
     assert all(sum(map(len, batch)) <= 60 for _, batch in found)
     ids, mask = engines.padded(rows)
     assert (ids.shape, mask.sum(axis=1).tolist()) == ((5, 50), [3, 50, 1, 20, 20])
+
+
+def test_the_document_on_integers_holds_the_results() -> None:
+    document = (integer.ROOT / "docs" / "integer-arithmetic.md").read_text(encoding="utf-8")
+    results = files.read_json(integer.RESULTS)
+    for part in ("accuracy_table", "speed_table", "kernel_table", "machine_line"):
+        assert getattr(integer_report, part)(results) in document, part
+    lost = {name: task["rows"] for name, task in results["accuracy"].items()}
+    for name, kind in (("sst-2", "learned"), ("mrpc", "plain"), ("nli", "plain")):  # "within a point"
+        assert lost[name][f"{kind}, integers"]["lost"][0] <= 1.0
+    assert all(found["fp32_over_ibert"][1] >= 1.5 for found in results["speed"].values())

@@ -270,7 +270,7 @@ def test_quantize_makes_a_folder_whose_integers_a_golden_file_holds(run: Run, pl
     code, out, err = run("quantize", plain, texts, "--out", target, "--no-by-channel")
     assert (code, err) == (0, f"minilpt: wrote {target}\n")
     record = json.loads(out)
-    assert set(record) == {"rms_of_logits", "agreement", "methods"}
+    assert set(record) == {"rms_of_logits", "held_out", "methods", "precisions"}
     assert "channels" not in record["methods"]
     assert run("quantize", plain, texts, "--out", target)[0] == 1
     (line,) = run("predict", "--model", target, "--precision", "ibert", "good film")[1].splitlines()

@@ -65,7 +65,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
             positions = 202 if shape == "roberta" else 200
             content = checkpoints.config(**{**SHAPES[shape], "max_position_embeddings": positions})
             checkpoints.write_vocabulary(checkpoints.write(folder / "float", content))
-            minilpt.quantize_model(minilpt.load(folder / "float"), texts(40), folder / "integer")
+            minilpt.quantize_model(minilpt.load(folder / "float"), texts(100), folder / "integer")
             made[shape] = folder / "integer"
         return made[shape]
 
@@ -178,7 +178,7 @@ def test_quantising_stays_near_the_float_model(quantised: Quantised) -> None:
 def test_quantising_does_not_depend_on_the_threads(quantised: Quantised, tmp_path: Path) -> None:
     source = quantised("bert").parent / "float"
     for threads in (1, 3):
-        minilpt.quantize_model(minilpt.load(source, threads=threads), texts(40), tmp_path / str(threads))
+        minilpt.quantize_model(minilpt.load(source, threads=threads), texts(100), tmp_path / str(threads))
     first, second = (json.loads((tmp_path / name / scales.FILE_NAME).read_text()) for name in ("1", "3"))
     assert first == second
 
@@ -209,7 +209,7 @@ def test_scales_by_channel_are_folded_and_the_folder_says_so(tmp_path: Path, mon
 
     monkeypatch.setattr(ranges, "CHANNEL_QUANTILE", 0.5)  # or channels this alike would all have one scale
     monkeypatch.setattr(ranges, "_ranges", by_channel_first)
-    found = minilpt.quantize_model(minilpt.load(folder), texts(40), tmp_path / "integer")
+    found = minilpt.quantize_model(minilpt.load(folder), texts(100), tmp_path / "integer")
     assert len(found.scales.exponents) == 7  # the embeddings', and two of each layer
     model = minilpt.load(tmp_path / "integer", precision="ibert")
     check(model, sequences((1, 20, 33)))
@@ -364,11 +364,11 @@ def test_what_integers_cannot_do_is_refused(tmp_path: Path) -> None:
     content = checkpoints.config(hidden_act="gelu_new")
     other = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "tanh", content))
     with pytest.raises(minilpt.UnsupportedModelError, match="gelu_tanh as activation"):
-        minilpt.quantize_model(minilpt.load(other), texts(20), tmp_path / "out")
+        minilpt.quantize_model(minilpt.load(other), texts(100), tmp_path / "out")
     narrow = checkpoints.config("electra")
     other = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "narrow", narrow))
     with pytest.raises(minilpt.UnsupportedModelError, match="narrower"):
-        minilpt.quantize_model(minilpt.load(other), texts(20), tmp_path / "out")
+        minilpt.quantize_model(minilpt.load(other), texts(100), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -380,7 +380,7 @@ def test_an_activation_that_is_nearly_always_zero_is_quantised(tmp_path: Path, a
     weights = load_file(folder / "model.safetensors")
     weights["bert.encoder.layer.1.intermediate.dense.bias"][active:] = -100
     save_file(weights, folder / "model.safetensors")
-    minilpt.quantize_model(minilpt.load(folder), texts(20), tmp_path / "integer")
+    minilpt.quantize_model(minilpt.load(folder), texts(100), tmp_path / "integer")
     check(minilpt.load(tmp_path / "integer", precision="ibert"), sequences((1, 20)))
 
 
@@ -405,11 +405,13 @@ def test_a_relative_rule_of_too_many_tokens_is_refused(quantised: Quantised, tmp
 
 def test_quantise_checks_before_it_works(quantised: Quantised, tmp_path: Path) -> None:
     plain = minilpt.load(quantised("bert").parent / "float")
-    with pytest.raises(minilpt.CalibrationError, match="at least 16 texts, found 3"):
+    with pytest.raises(minilpt.CalibrationError, match="at least 16 texts, found 3; 100 are better"):
         minilpt.quantize_model(plain, texts(3), tmp_path / "out")
     with pytest.raises(minilpt.InputError, match="is there already"):
-        minilpt.quantize_model(plain, texts(20), tmp_path)
+        minilpt.quantize_model(plain, texts(100), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == []
+    with pytest.warns(minilpt.MinilptWarning, match="20 texts are few"):
+        minilpt.quantize_model(plain, texts(20), tmp_path / "out")
 
 
 def test_calibration_and_explain_work_on_integers(quantised: Quantised, tmp_path: Path) -> None:
