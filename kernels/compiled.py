@@ -110,8 +110,13 @@ def _object_file(part: str) -> bytes:
     path = cache_file(chosen(), part)
     code = _read_whole(path)
     if code is None:
+        import logging
+
         from .jit.build import build
 
+        logging.getLogger("minilpt").info(
+            "compiling the %s kernels for %s, once for this machine: some 20 seconds", part, chosen().name
+        )
         code = build(part)
         try:
             _write_whole(path, code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -40,6 +41,26 @@ CHUNK = 1024
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(argv)
+    with _log_on_stderr():
+        return _run(options)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the package tells by its logger, as that kernels are being compiled."""
+    logger, handler = logging.getLogger("minilpt"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("minilpt: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _run(options: argparse.Namespace) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # JSON is UTF-8, whatever the locale says
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:

@@ -42,6 +42,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("warm") / "below" / "kernels"
     done = start("", "-m", "minilpt", "warmup", cache=cache)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("minilpt: compiling the ") == len(compiled.PARTS)
     files = [compiled.cache_file(isa.chosen(), part).name for part in compiled.PARTS]
     assert sorted(path.name for path in cache.iterdir()) == sorted(files)
     assert done.stdout == "".join(f"{isa.chosen().name}: {cache / name}\n" for name in files)
