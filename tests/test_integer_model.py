@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -305,6 +307,28 @@ def test_a_damaged_integer_json_is_refused(
     (folder / scales.FILE_NAME).write_text(json.dumps(raw))
     with pytest.raises(minilpt.MinilptError, match=said):
         minilpt.load(folder, precision="ibert")
+
+
+@pytest.fixture(scope="module")
+def loose(quantised: Quantised, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose integer.json may be written over."""
+    return copied(quantised("bert"), tmp_path_factory.mktemp("loose"))
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_scales_are_refused_or_computed_as_the_reference_does(quantised: Quantised, loose: Path, seed: int) -> None:
+    """Some of them are up to 2^24 times too large or too small: nothing overflows in one place only, or unsaid."""
+    draw = np.random.default_rng(seed)
+    raw = json.loads((quantised("bert") / scales.FILE_NAME).read_text())
+    for name in draw.choice([*raw["scales"]], draw.integers(1, 4)):
+        raw["scales"][name] *= float(2 ** draw.uniform(-24, 24))
+    (loose / scales.FILE_NAME).write_text(json.dumps(raw))
+    try:
+        model = minilpt.load(loose, precision="ibert", pruning=RULES["merged"])
+    except minilpt.UnsupportedModelError:
+        return
+    check(model, sequences((1, 9, 33)))
 
 
 def copied(source: Path, folder: Path) -> Path:
