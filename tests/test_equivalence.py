@@ -23,6 +23,7 @@ from minilpt import pruning, reference
 from minilpt.backends import Backend
 from minilpt.compiled_engine import CompiledEngine
 from minilpt.engine import Engine, Forward
+from minilpt.float_program import FloatProgram
 from minilpt.numpy_engine import NumpyEngine
 from minilpt.pruning import KeepRule
 
@@ -46,7 +47,8 @@ def engines(twin: Twin, rule: KeepRule | None) -> dict[str, Engine]:
         found["numpy"] = NumpyEngine(twin.config, twin.stored, rule, Backend("numpy", "cpu", "fp32", 1))
     if COMPILED:
         backend = Backend("numba", "cpu", twin.precision, THREADS)
-        found["compiled"] = CompiledEngine(twin.config, twin.stored, rule, backend)
+        program = FloatProgram(twin.config, twin.stored, int8=twin.precision == "int8")
+        found["compiled"] = CompiledEngine(twin.config, program, rule, backend)
     return found
 
 
