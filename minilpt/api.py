@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, pruning, ragged
+from . import backends, cuda_device, pruning, ragged
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_config
+from .cuda_engine import CudaEngine, CudaProgram
+from .cuda_float import FloatCudaProgram
+from .cuda_integer import IntegerCudaProgram
 from .engine import Engine, Forward
 from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError, UnsupportedModelError
 from .explanation import Explanation, Token
 from .float_program import FloatProgram
+from .integer_model import load_integer_model
 from .integer_program import IntegerProgram
 from .numpy_engine import NumpyEngine
 from .pruning import KeepRule, Pruning
@@ -74,11 +78,11 @@ def load(
 
     The folder holds config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids
     will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
-    None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
-    precision: "fp32", "int8", or "ibert", integers from the first table to the logits, for a folder that
-    `minilpt quantize` wrote or a checkpoint trained with I-BERT ("ibert-float-head": but for the head, as I-BERT).
-    threads: of the compiled kernels, by default one for each usable core; on NumPy they are BLAS's, set for the whole
-    process if given.
+    None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "cpu", "cuda", or
+    "auto", a GPU where CuPy finds a usable one. precision: "fp32", "fp16" (GPU), "int8" (CPU), or "ibert", integers
+    from the first table to the logits, for a folder that `minilpt quantize` wrote or a checkpoint trained with I-BERT
+    ("ibert-float-head": but for the head, as I-BERT; CPU). threads: of the compiled kernels, by default one for each
+    usable core; on NumPy they are BLAS's, set for the whole process if given.
 
     Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
     missing tokenizer is an error only when texts are asked for.
@@ -97,14 +101,23 @@ def load(
 
 def _engine(folder: Path, config: ModelConfig, rule: KeepRule | None, backend: backends.Backend) -> Engine:
     """The weights, ready to run as the backend says."""
-    if backend.precision in backends.INTEGER_PRECISIONS:
-        head = backend.precision == "ibert-float-head"
-        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
-    if config.quant_mode:
+    integers = backend.precision in backends.INTEGER_PRECISIONS
+    if config.quant_mode and not integers:
         raise UnsupportedModelError(
             f"{folder / 'config.json'}: quant_mode is true: these weights are for integers; load them with "
             f'precision="ibert", and take the float model for everything else'
         )
+    if backend.name == "cuda":
+        device = cuda_device.find()
+        program: CudaProgram
+        if integers:
+            program = IntegerCudaProgram(config, load_integer_model(folder, config), device)
+        else:
+            program = FloatCudaProgram(config, checkpoint.load_weights(folder, config), backend.precision, device)
+        return CudaEngine(config, program, rule, backend, device)
+    if integers:
+        head = backend.precision == "ibert-float-head"
+        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
     if backend.name == "numpy":
         return NumpyEngine(config, checkpoint.load_weights(folder, config), rule, backend)
     stored = FloatProgram.as_stored(config, backend.precision)

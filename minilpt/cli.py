@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import __version__, backends, records
+from . import __version__, backends, cuda_device, records
 from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
 from .errors import BackendError, MinilptError
@@ -28,6 +28,9 @@ from .evaluate import evaluate, machine
 from .files import write_whole
 from .golden import export_golden
 from .kernels import compiled, isa
+from .kernels.cuda import Geometry
+from .kernels.cuda.float_kernels import FloatKernels
+from .kernels.cuda.integer_kernels import IntegerKernels
 from .pruning import FILE_NAME
 from .ranges import quantize_model
 from .tasks import TASKS, dev_file, read_examples
@@ -148,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("texts", nargs="+", metavar="TEXT")
     golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
-    golden.set_defaults(run=_export_golden, threads=None, precision="ibert")
+    golden.set_defaults(run=_export_golden, threads=None, precision="ibert", device="cpu")
 
     commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
 
@@ -157,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
+    warmup.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: cpu")
     warmup.set_defaults(run=_warmup)
 
     evaluation = commands.add_parser("eval", help="a task's metrics, FLOPs and time, dense beside pruned")
@@ -194,6 +198,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
     parser.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
+    parser.add_argument("--device", choices=backends.DEVICES, default="auto", help="default: a GPU if one is usable")
 
 
 def _positive(text: str) -> int:
@@ -204,7 +209,13 @@ def _positive(text: str) -> int:
 
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
-    model = load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=pruning,
+        threads=options.threads,
+        precision=options.precision,
+        device=options.device,
+    )
     ratio = getattr(options, "flops_ratio", None)
     return model if ratio is None else model.with_flops_ratio(ratio)
 
@@ -284,7 +295,13 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> int:
     target = _where_to_save(options)
-    model = load(options.model, pruning=None, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=None,
+        threads=options.threads,
+        precision=options.precision,
+        device=options.device,
+    )
     with _rows(options) as rows:
         read = list(rows)
     texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in read]
@@ -309,7 +326,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    model = load(options.model, pruning=None, threads=options.threads)
+    model = load(options.model, pruning=None, threads=options.threads, device="cpu")
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
@@ -378,8 +395,9 @@ def _info(options: argparse.Namespace) -> None:
             "device": backend.device,
             "precision": backend.precision,
             "threads": backend.threads,
-            "unavailable": backends.UNAVAILABLE | ({"numba": backend.reason} if backend.reason else {}),
-            "compiled": _compiled() if backend.rung else None,
+            "rung": backend.rung,
+            "unavailable": backends.unavailable(),
+            "compiled": _compiled() if backend.name == "numba" else None,
         },
         "bundled": bundled_names(),
         "model": {
@@ -409,7 +427,13 @@ def _compiled() -> dict[str, Any]:
 
 
 def _warmup(options: argparse.Namespace) -> None:
-    backend = backends.choose("auto", "fp32", None)
+    if options.device == "cuda":
+        device = cuda_device.find()
+        for kernels in (FloatKernels(device.cp, Geometry(), "float32"), IntegerKernels(device.cp, Geometry())):
+            cuda_device.compile_kernels(kernels, device)
+        print(f"sm_{device.capability}: kept by CuPy, in ~/.cupy/kernel_cache or CUPY_CACHE_DIR")
+        return
+    backend = backends.choose("cpu", "fp32", None)
     if backend.rung is None:
         raise BackendError(f"there is nothing to compile: {backend.reason}")
     for part in compiled.PARTS:

@@ -21,13 +21,13 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    ("config", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
+    ("config", "cuda_device", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
     ("weights", "pruning", "text"),
     ("backends", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
     ("engine", "integer_reference"),
-    ("numpy_engine", "compiled_engine"),
-    ("float_program", "integer_program"),
+    ("numpy_engine", "compiled_engine", "cuda_engine"),
+    ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
     ("calibration", "ranges", "golden"),
