@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from .errors import MinilptWarning, ModelFileError, UnsupportedModelError
 
-
 T = TypeVar("T")
 MODULES = "modules.json"  # where sentence-transformers lists what follows the encoder
 

@@ -144,7 +144,7 @@ class NumpyEngine:
         return self._rest_of_layer(weights, x[places], np.concatenate(context)), cu_seqlens
 
     def _first_row_layer(self, layer: int, x: Float32, cu_seqlens: Int32) -> tuple[Float32, Int32]:
-        """The last layer where row 0 is enough: one query row per sequence against all its keys. Exact. (B, D), (B + 1,)."""
+        """The last layer where row 0 is enough: one query row per sequence, all its keys. Exact. (B, D), (B + 1,)."""
         weights = self._layers[layer]
         first = x[cu_seqlens[:-1]]
         q, kv = self._linear(first, *weights.query), self._linear(x, *weights.key_value)

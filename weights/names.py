@@ -67,9 +67,9 @@ TABLES: Mapping[str, NameTable] = {
     ),
 }
 
-# Tensors that checkpoints carry and a model never reads unless its table names them, as patterns on the name without its family prefix:
-# poolers where no head has one, language-model and discriminator heads, position buffers, and the
-# quantisation buffers of the I-BERT and LTP code.
+# Tensors that checkpoints carry and a model without use for them never reads, as patterns on the name without its
+# family prefix: poolers, language-model and discriminator heads, position buffers, and the quantisation buffers of the
+# I-BERT and LTP code.
 UNUSED = tuple(
     re.compile(pattern)
     for pattern in (
