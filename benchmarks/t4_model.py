@@ -13,8 +13,8 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
-from tempfile import TemporaryDirectory
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np

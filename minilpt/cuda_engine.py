@@ -13,6 +13,8 @@ for.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +26,7 @@ from . import ragged
 from .backends import Backend
 from .config import ModelConfig
 from .cuda_device import CudaDevice, compile_kernels
-from .engine import Forward, outcome
+from .engine import Forward, LastRows, outcome
 from .errors import BackendError, InputError
 from .kernels import blocks
 from .kernels.cuda import QUERIES, Array, Kernels
@@ -129,6 +131,9 @@ class CudaProgram(Protocol):
     def masses(self, raw: NDArray[Any]) -> Float32:
         """(n,), averaged over heads."""
 
+    def floats(self, rows: NDArray[Any]) -> Float32:
+        """(N, D) of the last layer's rows."""
+
 
 class CudaEngine:
     """A program, a keep rule, and the layer loop. Immutable: safe to share between threads."""
@@ -160,14 +165,30 @@ class CudaEngine:
         InputError for a text whose attention does not fit in a block's shared memory, BackendError where the GPU's
         memory does not hold the batch.
         """
-        longest, most = ragged.lengths(batch.cu_seqlens).max(initial=0), self._program.longest_text
+        if not len(batch.ids):
+            return _nothing(self.config, trace)
+        with self._run(batch, first_row_only=not trace, trace=trace) as run:
+            return run.forward()
+
+    def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
+        """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only.
+
+        Raises what `run` raises.
+        """
+        if not len(batch.ids):
+            return LastRows(np.zeros((0, self.config.width), np.float32), batch.cu_seqlens)
+        with self._run(batch, first_row_only=first_only, trace=False) as run:
+            return run.last_rows()
+
+    @contextmanager
+    def _run(self, batch: TokenBatch, *, first_row_only: bool, trace: bool) -> Iterator[_Run]:
+        """The batch on a stream of its own."""
+        longest, most = ragged.lengths(batch.cu_seqlens).max(), self._program.longest_text
         if longest > most:
             raise InputError(f'a text has {longest} tokens; the CUDA kernels hold {most}: use device="cpu"')
-        if not longest:
-            return _nothing(self.config, trace)
         try:
             with self._cp.cuda.Device(self._ordinal), self._cp.cuda.Stream(non_blocking=True):
-                return _Run(self.config, self._program, self._rules, batch, self._cp, trace).forward()
+                yield _Run(self.config, self._program, self._rules, batch, self._cp, first_row_only, trace)
         except MemoryError as error:  # CuPy's own is one
             raise BackendError(
                 f"the GPU has no room for {len(batch.ids)} tokens at once ({error}): use a smaller batch_tokens"
@@ -195,9 +216,17 @@ class _Run:
     """One batch on its way through the layers, on the current stream."""
 
     def __init__(
-        self, config: ModelConfig, program: CudaProgram, rules: list[LayerRule], batch: TokenBatch, cp: Any, trace: bool
+        self,
+        config: ModelConfig,
+        program: CudaProgram,
+        rules: list[LayerRule],
+        batch: TokenBatch,
+        cp: Any,
+        first_row_only: bool,
+        trace: bool,
     ):
-        self._config, self._program, self._rules, self._cp, self._trace = config, program, rules, cp, trace
+        self._config, self._program, self._rules, self._cp = config, program, rules, cp
+        self._first_row_only, self._trace = first_row_only, trace
         self._lengths = ragged.lengths(batch.cu_seqlens)
         self._initial = cp.asarray(self._lengths)
         self._identity = cp.asarray(np.arange(len(batch.ids) + 1, dtype=np.int32))
@@ -211,24 +240,33 @@ class _Run:
         self._live = _Live(program.embed((ids, positions, kinds)), rows, len(batch.ids), self._lengths)
 
     def forward(self) -> Forward:
-        config, cp, live = self._config, self._cp, self._live
-        for layer in range(config.layers):
-            first_rows = layer == config.layers - 1 and not self._trace
-            live = self._first_row_layer(live) if first_rows else self._full_layer(layer, live)
+        cp, live = self._cp, self._encode()
         first = self._program.gather(live.x, live.rows.cu_seqlens[: len(self._lengths)])
         logits = self._program.logits(cp.asnumpy(self._program.classify(first)))
         traced = None
         if self._trace:
             masses = [self._program.masses(cp.asnumpy(mass)) for mass in self._masses]
             traced = masses, [cp.asnumpy(kept).astype(np.bool_) for kept in self._kept]
-        return outcome(config, logits, *self._layer_lengths(), traced)
+        return outcome(self._config, logits, *self._layer_lengths(), traced)
+
+    def last_rows(self) -> LastRows:
+        live = self._encode()
+        return LastRows(self._program.floats(self._cp.asnumpy(live.x)), self._cp.asnumpy(live.rows.cu_seqlens))
+
+    def _encode(self) -> _Live:
+        """All layers."""
+        live = self._live
+        for layer in range(self._config.layers):
+            first_rows = layer == self._config.layers - 1 and self._first_row_only
+            live = self._first_row_layer(live) if first_rows else self._full_layer(layer, live)
+        return live
 
     def _layer_lengths(self) -> tuple[Int32, Int32]:
         """Live tokens before and after each layer's pruning, (L, B) each."""
         bounds, lengths = self._cp.asnumpy(self._bounds), [self._lengths]
         for layer in range(self._config.layers):
             lengths.append(np.diff(bounds[layer]) if layer in self._changed else lengths[-1])
-        if not self._trace:
+        if self._first_row_only:
             lengths[-1] = np.ones_like(self._lengths)
         return np.stack(lengths[:-1]), np.stack(lengths[1:])
 

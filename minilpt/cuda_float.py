@@ -86,8 +86,9 @@ class FloatCudaProgram:
         last = f"layers.{config.layers - 1}."
         self._last_query = linear(f"{last}query").weight
         self._last_key_value = linear(f"{last}key", f"{last}value").weight
-        self._head_dense = linear("head.dense")
-        self._head_out = self._stored("head.out.weight"), self._float32("head.out.bias")
+        if config.labels:  # an encoder without a head has none
+            self._head_dense = linear("head.dense")
+            self._head_out = self._stored("head.out.weight"), self._float32("head.out.bias")
 
     def _stored(self, name: str) -> Array:
         return self._cp.asarray(np.ascontiguousarray(self._weights[name], self.row_type))
@@ -210,3 +211,6 @@ class FloatCudaProgram:
 
     def masses(self, raw: Float32) -> Float32:
         return raw
+
+    def floats(self, rows: NDArray[np.floating]) -> Float32:
+        return rows.astype(np.float32)

@@ -255,6 +255,9 @@ class IntegerCudaProgram:
     def masses(self, raw: Int) -> Float32:
         return (raw / (self._config.heads << integer.SOFTMAX_BITS)).astype(np.float32)
 
+    def floats(self, rows: NDArray[np.int8]) -> Float32:
+        return (rows * np.float64(self._model.last_scale)).astype(np.float32)
+
 
 def _numbers(factor: integer.Dyadic) -> tuple[int, int]:
     return int(factor.multiplier), int(factor.shift)

@@ -21,8 +21,8 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    ("config", "cuda_device", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
-    ("weights", "pruning", "text"),
+    ("config", "cuda_device", "explanation", "files", "kernels", "quantize", "ragged", "threads", "truncation"),
+    ("weights", "pruning", "text", "embeddings"),
     ("backends", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
     ("engine", "integer_reference"),
