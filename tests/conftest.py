@@ -36,4 +36,4 @@ def cp(request: pytest.FixtureRequest) -> Any:
 
     if not simt.available():
         pytest.skip(simt.WHY_NOT)
-    return fake_cupy.module()
+    return fake_cupy

@@ -273,6 +273,7 @@ def masses_of(draw: np.random.Generator, lengths: Sequence[int], heads: int) -> 
     bounds, Z = ragged.boundaries(lengths), math.ceil(max(lengths) / QUERIES)
     partial = draw.choice([0, 0.25, 0.5, 1, 1.5], (Z, heads, sum(lengths))).astype(np.float32)
     partial[draw.random(partial.shape) < 0.5] *= np.float32(draw.random())
+    partial[0, 0, bounds[:-1]] = 1  # some mass there always is
     for begin, n in zip(bounds, lengths, strict=False):
         partial[math.ceil(n / QUERIES) :, :, begin : begin + n] = np.nan
     return partial
