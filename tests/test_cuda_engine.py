@@ -21,6 +21,7 @@ from minilpt.ranges import quantize_sequences
 from minilpt.weights import checkpoint
 
 import checkpoints
+import devices
 import tolerances
 
 RULES: dict[str, dict[str, Any] | None] = {
@@ -40,6 +41,11 @@ TEXTS = [
     "the plot is nothing but boilerplate cliches from start to finish , and the jokes are older than that .",
     ("It is not good , not bad , just long .", "I expected little ."),
 ]
+
+
+@pytest.fixture(scope="module", params=devices.ONE_SCHEDULE)
+def cp(request: pytest.FixtureRequest) -> Any:
+    return devices.cupy_of(request.param)
 
 
 @pytest.fixture

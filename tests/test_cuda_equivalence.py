@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import test_equivalence as equivalence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_equivalence import Build, Case, Tally
 
 from minilpt.backends import Backend
 from minilpt.cuda_device import CudaDevice
@@ -21,11 +19,19 @@ from minilpt.cuda_float import FloatCudaProgram
 from minilpt.engine import Engine
 from minilpt.pruning import KeepRule
 
+import devices
 import oracles
+import test_equivalence as equivalence
 from oracles import Twin
+from test_equivalence import Build, Case, Tally
 
 build = equivalence.build  # the fixture
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module", params=devices.ONE_SCHEDULE)
+def cp(request: pytest.FixtureRequest) -> Any:
+    return devices.cupy_of(request.param)
 
 
 @pytest.fixture(autouse=True)

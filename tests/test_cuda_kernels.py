@@ -24,6 +24,7 @@ from minilpt.kernels.cuda.float_kernels import FloatKernels
 from minilpt.kernels.cuda.integer_kernels import IntegerKernels
 from minilpt.pruning import KeepRule, Relative, Step, Threshold, TopK
 
+import devices
 import tolerances
 
 EPS = tolerances.EPS
@@ -34,6 +35,11 @@ LENGTHS = ((1,), (2, 1, 33), (63, 64, 65), (130, 7))
 seeds = st.integers(0, 2**32 - 1)
 lengths_of_batches = st.lists(st.sampled_from([1, 2, 5, 31, 32, 33, 64, 65, 100]), min_size=1, max_size=4)
 geometries = st.sampled_from(GEOMETRIES)
+
+
+@pytest.fixture(scope="module", params=devices.EVERY_SCHEDULE)
+def cp(request: pytest.FixtureRequest) -> Any:
+    return devices.cupy_of(request.param)
 
 
 def host(array: Any) -> Any:

@@ -110,28 +110,37 @@ T atomicCAS(T* at, T expected, T x) { return simt_atomic(at, [=](T old) { return
 
 typedef _Float16 __half;
 typedef __half half;
-struct alignas(4) __half2 {
-    __half x, y;
-};
+// Vector types are read and written whole, as a card does it: the checker then sees one access, and its alignment.
+typedef unsigned simt_word4 __attribute__((aligned(1)));
+typedef unsigned long long simt_word8 __attribute__((aligned(1)));
+typedef int simt_word16 __attribute__((vector_size(16), aligned(1)));
+#define SIMT_WHOLE(Type, Word)                                                                  \
+    Type() = default;                                                                           \
+    Type(const Type& other) { *reinterpret_cast<Word*>(this) = reinterpret_cast<const Word&>(other); } \
+    Type& operator=(const Type& other) {                                                        \
+        *reinterpret_cast<Word*>(this) = reinterpret_cast<const Word&>(other);                  \
+        return *this;                                                                           \
+    }
+#define SIMT_PAIR(Type, Element, Word)                    \
+    struct alignas(2 * sizeof(Element)) Type {            \
+        Element x, y;                                     \
+        Type(Element x, Element y) : x(x), y(y) {}        \
+        SIMT_WHOLE(Type, Word)                            \
+    };
+#define SIMT_FOUR(Type, Element, Word)                                                         \
+    struct alignas(4 * sizeof(Element)) Type {                                                 \
+        Element x, y, z, w;                                                                    \
+        Type(Element x, Element y, Element z, Element w) : x(x), y(y), z(z), w(w) {}           \
+        SIMT_WHOLE(Type, Word)                                                                 \
+    };
+SIMT_PAIR(__half2, __half, simt_word4)
+SIMT_PAIR(float2, float, simt_word8)
+SIMT_PAIR(int2, int, simt_word8)
+SIMT_FOUR(float4, float, simt_word16)
+SIMT_FOUR(int4, int, simt_word16)
+SIMT_FOUR(uint4, unsigned, simt_word16)
+SIMT_FOUR(char4, signed char, simt_word4)
 typedef __half2 half2;
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) int2 {
-    int x, y;
-};
-struct alignas(16) int4 {
-    int x, y, z, w;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-struct alignas(4) char4 {
-    signed char x, y, z, w;
-};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
