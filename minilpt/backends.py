@@ -58,7 +58,8 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
         except BackendError as error:
             warnings.warn(f"{error}; running on the CPU", MinilptWarning, stacklevel=3)
     if precision not in CPU_PRECISIONS:
-        raise BackendError(f"precision {precision!r} needs a GPU: {cuda_device.why_not() or 'device is cpu'}")
+        reason = 'device is "cpu"' if device == "cpu" else cuda_device.why_not()
+        raise BackendError(f"precision {precision!r} needs a GPU: {reason}")
     reason = _why_not_compiled()
     if reason is None:
         try:

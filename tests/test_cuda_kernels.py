@@ -73,6 +73,7 @@ def assert_computes(found: Any, exact: Any, narrow: Any) -> None:
 # Rows.
 
 
+@pytest.mark.cuda_source(stem="rows")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width", [1, 5, 32, 48, 132, 768])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -95,6 +96,7 @@ def on(cp: Any, *arrays: Any) -> Any:
     return tuple(cp.asarray(array) for array in arrays)
 
 
+@pytest.mark.cuda_source(stem="rows")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width", [1, 33, 48, 1024])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -114,6 +116,7 @@ def test_add_norm(cp: Any, dtype: str, width: int, geometry: Geometry) -> None:
     assert_computes(out, exact, narrow)
 
 
+@pytest.mark.cuda_source(stem="rows")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", ["none", *reference.ACTIVATIONS])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64)])
@@ -127,6 +130,7 @@ def test_bias_activation(cp: Any, dtype: str, name: str, shape: tuple[int, int])
     assert_computes(found, *wanted)
 
 
+@pytest.mark.cuda_source(stem="rows")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gather_rows_and_head_out(cp: Any, dtype: str) -> None:
     draw = np.random.default_rng(0)
@@ -187,6 +191,7 @@ def summed(partial: Any, cu_seqlens: Any) -> list[Any]:
     return [array[: math.ceil((end - begin) / QUERIES), :, begin:end].sum(axis=0) for begin, end in bounds]
 
 
+@pytest.mark.cuda_source(stem="attention")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("heads", "head_width"), [(1, 1), (2, 8), (3, 32), (2, 33), (1, 64), (1, 128)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -205,6 +210,7 @@ def test_attention_mass(cp: Any, dtype: str, heads: int, head_width: int, length
         assert_computes(mine[0], exact[0].sum(axis=1), narrow[0].sum(axis=1))
 
 
+@pytest.mark.cuda_source(stem="attention")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("heads", "head_width"), [(1, 1), (2, 8), (3, 32), (2, 33), (1, 64), (1, 128)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -244,6 +250,7 @@ def context_of(case: Attention, goes_on: Any, kind: Any) -> Any:
     return np.concatenate(parts)
 
 
+@pytest.mark.cuda_source(stem="attention")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_last_layer_s_queries_lie_apart_from_keys_and_values(cp: Any, dtype: str) -> None:
     case = Attention.drawn(1, dtype, (40, 3), 2, 16)
@@ -285,6 +292,7 @@ def masses_of(draw: np.random.Generator, lengths: Sequence[int], heads: int) -> 
     return partial
 
 
+@pytest.mark.cuda_source(stem="prune")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @given(seed=seeds, lengths=lengths_of_batches, heads=st.integers(1, 3), geometry=geometries)
 @settings(max_examples=15)
@@ -304,6 +312,7 @@ def test_keep(cp: Any, rule: KeepRule, seed: int, lengths: list[int], heads: int
         assert host(counts)[b] == wanted.sum()
 
 
+@pytest.mark.cuda_source(stem="compact")
 @given(seed=seeds, lengths=lengths_of_batches, geometry=geometries, share=st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=30)
 def test_compact(cp: Any, seed: int, lengths: list[int], geometry: Geometry, share: float) -> None:
@@ -321,6 +330,8 @@ def test_compact(cp: Any, seed: int, lengths: list[int], geometry: Geometry, sha
     assert np.array_equal(host(rank)[wanted_places], np.arange(total))
 
 
+@pytest.mark.cuda_source(stem="prune")
+@pytest.mark.cuda_source(stem="attention")
 @pytest.mark.parametrize("dtype", TYPES)
 @given(seed=seeds, lengths=lengths_of_batches, kept=st.sampled_from(["all", "first", "some"]), weightless=st.booleans())
 @settings(max_examples=15)
@@ -409,6 +420,7 @@ def whole(cp: Any) -> IntegerKernels:
     return IntegerKernels(cp, Geometry(row_warps=2, most_blocks=3))
 
 
+@pytest.mark.cuda_source(stem="integer_products")
 @given(seed=seeds, n=st.sampled_from([1, 3, 64, 65]), width=st.sampled_from([1, 4, 30, 32, 68, 131]))
 @settings(max_examples=25)
 def test_integer_products(cp: Any, whole: IntegerKernels, seed: int, n: int, width: int) -> None:
@@ -420,6 +432,7 @@ def test_integer_products(cp: Any, whole: IntegerKernels, seed: int, n: int, wid
     equal(sums, integer.linear(x, weight, bias))
 
 
+@pytest.mark.cuda_source(stem="integer_rows")
 @given(seed=seeds, n=st.integers(1, 5), width=st.sampled_from([1, 31, 32, 70]))
 @settings(max_examples=25)
 def test_integer_rows(cp: Any, whole: IntegerKernels, seed: int, n: int, width: int) -> None:
@@ -444,6 +457,7 @@ def test_integer_rows(cp: Any, whole: IntegerKernels, seed: int, n: int, width: 
     equal(out, integer.requantize(integer.i_gelu(small.astype(np.int64), gelu), second, 8))
 
 
+@pytest.mark.cuda_source(stem="integer_rows")
 @given(seed=seeds, n=st.integers(1, 5), width=st.sampled_from([1, 31, 32, 70, 768]))
 @settings(max_examples=25)
 def test_integer_norms(cp: Any, whole: IntegerKernels, seed: int, n: int, width: int) -> None:
@@ -479,6 +493,8 @@ def looked_up(rows: Any, factor: integer.Dyadic, ids: Any) -> Any:
     return integer.scaled(rows[ids].astype(np.int64), by_row)
 
 
+@pytest.mark.cuda_source(stem="integer_attention")
+@pytest.mark.cuda_source(stem="integer_prune")
 @given(
     seed=seeds,
     lengths=lengths_of_batches,
@@ -548,6 +564,7 @@ def merged(x: Any, probs: Any, mass: Any, keep: Any) -> Any:
     return merge_removed(x, probs, mass, keep)
 
 
+@pytest.mark.cuda_source(stem="integer_prune")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @given(seed=seeds, lengths=lengths_of_batches, heads=st.integers(1, 3), geometry=geometries)
 @settings(max_examples=15)

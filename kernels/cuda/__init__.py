@@ -33,7 +33,7 @@ TYPES: Mapping[str, type[np.generic]] = {
     "float": np.float32,
     "__half": np.float16,
 }
-_SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(([^)]*)\)')
+_SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?(\w+)\(([^)]*)\)')
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_tile(const signed char* rows, int first, in
 }  // namespace
 
 // x: (N, K), weight: (M, K), bias: (M,). sums: (N, M). Grid (ceil(M / 64), ceil(N / 64)), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) linear_i8(const signed char* x, const signed char* weight,
+extern "C" __global__ void __launch_bounds__(256, 2) linear_i8(const signed char* x, const signed char* weight,
                                                             const int* bias, int N, int K, int M, int* sums) {
     __shared__ int xs[STEP][PITCH], ws[STEP][PITCH];
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE, m0 = blockIdx.x * TILE;

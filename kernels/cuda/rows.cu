@@ -188,24 +188,24 @@ __device__ void head_out(const T* hidden, const T* weight, const float* bias, in
 }  // namespace
 
 // ids, positions, segments: (rows,); word, position, segment: tables of `width` columns. out: (rows, width).
-extern "C" __global__ void __launch_bounds__(256) embed_norm_f32(
+extern "C" __global__ void __launch_bounds__(256, 2) embed_norm_f32(
     const int* ids, const int* positions, const int* segments, const float* word, const float* position,
     const float* segment, const float* weight, const float* bias, int rows, int width, float eps, float* out) {
     embed_norm(ids, positions, segments, word, position, segment, weight, bias, rows, width, eps, out);
 }
-extern "C" __global__ void __launch_bounds__(256) embed_norm_f16(
+extern "C" __global__ void __launch_bounds__(256, 2) embed_norm_f16(
     const int* ids, const int* positions, const int* segments, const __half* word, const __half* position,
     const __half* segment, const float* weight, const float* bias, int rows, int width, float eps, __half* out) {
     embed_norm(ids, positions, segments, word, position, segment, weight, bias, rows, width, eps, out);
 }
 
 // out[n] = LayerNorm(product[n] + bias + residual[places[n]]). product, out: (rows, width); bias, weight, norm_bias: (width,).
-extern "C" __global__ void __launch_bounds__(256) add_norm_f32(
+extern "C" __global__ void __launch_bounds__(256, 2) add_norm_f32(
     const float* product, const float* bias, const float* residual, const int* places, const float* weight,
     const float* norm_bias, int rows, int width, float eps, float* out) {
     add_norm(product, bias, residual, places, weight, norm_bias, rows, width, eps, out);
 }
-extern "C" __global__ void __launch_bounds__(256) add_norm_f16(
+extern "C" __global__ void __launch_bounds__(256, 2) add_norm_f16(
     const __half* product, const float* bias, const __half* residual, const int* places, const float* weight,
     const float* norm_bias, int rows, int width, float eps, __half* out) {
     add_norm(product, bias, residual, places, weight, norm_bias, rows, width, eps, out);
