@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -101,6 +102,7 @@ def result() -> dict[str, Any]:
         model = read_config(Path(folder))
     fractions = workloads.wanted_fractions(model, rows)
     dense, pruned = forward_times(model, lengths, None), forward_times(model, lengths, fractions)
+    at_128 = np.full(256, 128)
     per_second = {name: len(rows) / _total(layers) for name, layers in (("dense", dense), ("pruned", pruned))}
     return {
         "date": date.today().isoformat(),
@@ -112,6 +114,7 @@ def result() -> dict[str, Any]:
         "dense_s": dense,
         "pruned_s": pruned,
         "sequences_per_s": per_second,
+        "dense_sequences_per_s_at_128_tokens": len(at_128) / _total(forward_times(model, at_128, None)),
         "gain": per_second["pruned"] / per_second["dense"],
         "published": {"sequences_per_s": PUBLISHED, "gain of LTP, arXiv 2107.00910v1": PAPER_GAIN},
     }
@@ -128,9 +131,11 @@ def tables(found: Mapping[str, Any]) -> str:
     head = ["us a sequence", *names, "layer"]
     lines = [_row(head), _row(["---"] * len(head))]
     for kind in ("dense", "pruned"):
-        for layer, parts in enumerate(found[f"{kind}_s"]):
-            times = [f"{1e6 * parts[name] / count:.1f}" if name in parts else "" for name in names]
-            lines.append(_row([f"{kind}, layer {layer}", *times, f"{1e6 * sum(parts.values()) / count:.1f}"]))
+        layers = found[f"{kind}_s"]
+        for times, numbers in groupby(range(len(layers)), lambda layer: _times(layers[layer], names, count)):
+            first, *others = numbers
+            title = f"layers {first} to {others[-1]}" if others else f"layer {first}"
+            lines.append(_row([f"{kind}, {title}", *times]))
     lines += ["", _row(["on a T4", "sequences a second"]), _row(["---", "---"])]
     limits = found["sequences_per_s"]
     for kind in ("dense", "pruned"):
@@ -139,6 +144,12 @@ def tables(found: Mapping[str, Any]) -> str:
     for name, value in found["published"]["sequences_per_s"].items():
         lines.append(_row([f"published: {name}", str(value)]))
     return "\n".join(lines)
+
+
+def _times(parts: Mapping[str, float], names: Sequence[str], count: int) -> list[str]:
+    """Microseconds a sequence of each part, and of the layer."""
+    times = [f"{1e6 * parts[name] / count:.1f}" if name in parts else "" for name in names]
+    return [*times, f"{1e6 * sum(parts.values()) / count:.1f}"]
 
 
 def _row(cells: Sequence[str]) -> str:

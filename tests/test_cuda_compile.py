@@ -47,6 +47,15 @@ def test_budgets(compiled: dict[str, dict[str, KernelReport]]) -> None:
             assert compile_gate.occupancy(report, 128, 0, "sm_75") >= LEAST_OCCUPANCY, report.name
 
 
+def test_the_sources_state_their_registers() -> None:
+    """Those that benchmarks/cuda_compile.py wrote down, with the pinned compiler."""
+    if compile_gate.missing(12) is not None:
+        pytest.skip(f"the compile gate {compile_gate.missing(12)}")
+    for name in SOURCES:
+        registers = [report.registers for report in compile_gate.compile_report(cuda.source(name), "sm_75").values()]
+        assert f"Registers on sm_75: {min(registers)} to {max(registers)}, no spill" in cuda.source(name), name
+
+
 def test_opcodes(compiled: dict[str, dict[str, KernelReport]]) -> None:
     """Integer products by dp4a, float ones fused where the source says so; no double anywhere, no float in integers."""
 

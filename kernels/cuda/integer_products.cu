@@ -5,7 +5,9 @@
 //
 // Traffic: K (N ceil(M / 64) + M ceil(N / 64)) bytes read, mostly from the second-level cache, 4 N M written. Operations
 // 2 N M K; a T4's limit is 65 T a second by dp4a (four per lane and clock), 18.2 us for 1,000 rows of 768 x 768.
-// Registers, shared memory and occupancy: see docs/cuda.md. Tensor cores (IMMA) have twice dp4a's rate there; they are not used.
+// Tensor cores (IMMA) have twice dp4a's rate there; they are not used.
+//
+// Registers on sm_75: 69 to 69, no spill; dynamic shared memory aside, 75 % of a T4's threads or more are resident.
 
 namespace {
 

@@ -11,6 +11,8 @@
 //   i_gelu         4 M read, M written per row; about 60
 //   add_norm       5 D read, D written per row; about 90
 //   embed_norm     3 D read, D written per row; about 110
+//
+// Registers on sm_75: 28 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
 
 namespace {
 

