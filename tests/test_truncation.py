@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,12 @@ def test_a_wish_that_makes_no_sense_is_refused_whatever_the_texts(
     for ask in (model.predict, model.predict_proba, model.logits, model.embed):
         with pytest.raises(InputError, match=said):
             ask(["good"], **options)
+
+
+def test_the_example_of_the_documentation_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "long-texts.md").read_text(encoding="utf-8")
+    program, output = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
+    assert program
+    assert output
+    exec(compile(program[1], "long-texts.md", "exec"), {})
+    assert capsys.readouterr().out == output[1]
