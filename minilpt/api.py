@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, cuda_device, pruning, ragged
+from . import backends, cuda_device, pruning
+from .batches import flattened, in_batches, token_batch
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_config
 from .cuda_engine import CudaEngine, CudaProgram
@@ -42,7 +43,6 @@ from .weights.resolve import resolve
 
 Float32 = NDArray[np.float32]
 Item = str | tuple[str, str] | Mapping[str, str]
-Run = Callable[[TokenBatch], tuple[NDArray[Any], ...]]  # (B, ...) arrays of a batch
 
 # Tokens in one batch. At D = 768 its widest activation (F = 3072) takes 50 MB.
 BATCH_TOKENS = 4096
@@ -221,10 +221,9 @@ class Classifier:
         no such point or there is none.
         """
         cut = Truncation(truncation, stride, aggregate)
-        texts_sequences, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)
+        encoded, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)
         scores = self._activated(result.logits)
-        numbered = enumerate(texts_sequences)
-        return [self._prediction(result, index, scores[index], sequences) for index, sequences in numbered]
+        return [self._prediction(result, index, scores[index], found) for index, found in enumerate(encoded)]
 
     def predict_proba(
         self,
@@ -284,13 +283,13 @@ class Classifier:
         stated = read_embedding(self.folder) if pooling is None else Embedding(pooling)
         first_only = stated.pooling == "cls"  # whose mean is that row itself
         cut = Truncation(truncation, stride, aggregate)
-        sequences = self._text_encoder().sequences(text_items(texts), cut)
+        sequences, starts = flattened(self._text_encoder().sequences(text_items(texts), cut))
 
-        def run(batch: TokenBatch) -> tuple[NDArray[Any], ...]:
-            return (means(*self._engine.last_rows(batch, first_only=first_only)),)
+        def run(batch: TokenBatch) -> list[NDArray[Any]]:
+            return [means(*self._engine.last_rows(batch, first_only=first_only))]
 
-        (vectors,) = self._by_sequence(sequences, batch_tokens, progress, run)
-        vectors = cut.aggregated(vectors, _starts(sequences))
+        (vectors,) = in_batches(self.config, sequences, batch_tokens, progress, run)
+        vectors = cut.aggregated(vectors, starts)
         wanted = stated.normalize if normalize is None else normalize
         return (normalized(vectors) if wanted else vectors).astype(np.float32)
 
@@ -317,8 +316,8 @@ class Classifier:
         for at, (tokens, kinds) in enumerate(zip(ids, segments, strict=True)):
             if len(tokens) != len(kinds):
                 raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
-        self._require_head()
-        return self._engine.run(self._token_batch(ids, segments), trace=trace)
+        self.require_head()
+        return self._engine.run(token_batch(self.config, ids, segments), trace=trace)
 
     def explain(self, text: Item) -> Explanation:
         """One text or pair, with the layer at which each of its tokens was removed and the scores that decided it.
@@ -370,25 +369,13 @@ class Classifier:
             raise InputError(f"sequence {at}: {kind} id {outside[0]} has no row; the model has rows 0 to {rows - 1}")
         return array.astype(np.int32)
 
-    def _require_head(self) -> None:
+    def require_head(self) -> None:
+        """Raise UnsupportedModelError if this is an encoder without a classification head."""
         if not self.config.labels:
             raise UnsupportedModelError(
                 f"{self.folder}: this {self.config.model_type} encoder has no classification head: embed() is what it "
                 f"is for; to classify, load a checkpoint that was fine-tuned for sequence classification"
             )
-
-    def _token_batch(self, ids: Sequence[NDArray[np.int32]], segments: Sequence[NDArray[np.int32]]) -> TokenBatch:
-        config = self.config
-        empty = [np.zeros(0, np.int32)]
-        positions = [
-            ragged.positions(row, offset=config.position_offset, pad_token_id=config.pad_token_id) for row in ids
-        ]
-        return TokenBatch(
-            np.concatenate([*empty, *ids]),
-            np.concatenate([*empty, *positions]),
-            np.concatenate([*empty, *segments]),
-            ragged.boundaries([len(row) for row in ids]),
-        )
 
     def _text_encoder(self) -> TextEncoder:
         if isinstance(self._encoder, TextEncoder):
@@ -404,35 +391,18 @@ class Classifier:
         truncation: Truncation,
     ) -> tuple[list[list[Encoded]], Forward]:
         """Every text's sequences, and a record of the run with a column for each text."""
-        self._require_head()
+        self.require_head()
         model = self if flops_ratio is None else self.with_flops_ratio(flops_ratio)
-        sequences = self._text_encoder().sequences(text_items(texts), truncation)
+        encoded = self._text_encoder().sequences(text_items(texts), truncation)
+        sequences, starts = flattened(encoded)
 
-        def run(batch: TokenBatch) -> tuple[NDArray[Any], ...]:
+        def run(batch: TokenBatch) -> list[NDArray[Any]]:
             result = model.engine.run(batch)
-            return result.logits, result.kept_tokens.T, result.executed_flops, result.dense_flops
+            return [result.logits, result.kept_tokens.T, result.executed_flops, result.dense_flops]
 
-        logits, *counts = self._by_sequence(sequences, batch_tokens, progress, run)
-        starts = _starts(sequences)
+        logits, *counts = in_batches(self.config, sequences, batch_tokens, progress, run)
         kept, executed, dense = (np.add.reduceat(count, starts, axis=0, dtype=count.dtype) for count in counts)
-        return sequences, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
-
-    def _by_sequence(
-        self, texts: list[list[Encoded]], batch_tokens: int, progress: bool, run: Run
-    ) -> list[NDArray[Any]]:
-        """What `run` gives for batches of similar length, in the order of the texts' S sequences: (S, ...) arrays."""
-        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
-            raise InputError(f"batch_tokens must be a positive integer, found {batch_tokens!r}")
-        sequences = [sequence for text in texts for sequence in text]
-        places, parts = [], []
-        with progress_bar(len(sequences), progress, "sequence") as bar:
-            for indices in _by_length([len(sequence.ids) for sequence in sequences], batch_tokens):
-                members = [sequences[index] for index in indices]
-                parts.append(run(self._token_batch([m.ids for m in members], [m.segments for m in members])))
-                places += indices
-                bar.update(len(indices))
-        order = np.argsort(places)
-        return [np.concatenate(column)[order] for column in zip(*parts, strict=True)]
+        return encoded, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
 
     def _activated(self, logits: Float32) -> Float32:
         """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""
@@ -465,11 +435,6 @@ def _no_embeddings_in(backend: backends.Backend) -> BackendError:
     return BackendError(
         f'precision "{backend.precision}" is for classifiers: it has no embeddings; take "fp32" or "int8"'
     )
-
-
-def _starts(texts: list[list[Encoded]]) -> NDArray[np.intp]:
-    """The number of each text's first sequence, (texts,)."""
-    return np.cumsum([0, *map(len, texts)])[:-1]
 
 
 def _pruning(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
@@ -529,26 +494,3 @@ def _item(index: int, item: object) -> TextOrPair:
 
 def _is_text_record(item: Mapping[Any, Any]) -> bool:
     return set(item) in ({"text"}, {"text", "text_pair"}) and all(isinstance(part, str) for part in item.values())
-
-
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of the sequences, longest first, in batches of at most batch_tokens tokens (one sequence at least).
-
-    For no sequences there is one batch without any.
-    """
-    batch: list[int] = []
-    total = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and total + lengths[index] > batch_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(index)
-        total += lengths[index]
-    yield batch
-
-
-def progress_bar(total: float | None, wanted: bool, unit: str = "text") -> Any:
-    """A tqdm bar on stderr, silent unless wanted."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=unit, disable=not wanted)

@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | calibrate | quantize | export-golden | eval | models | info | warmup`.
+"""The command line: `minilpt predict | embed | explain | calibrate | quantize | export-golden | eval | models | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -12,20 +12,26 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import __version__, backends, cuda_device, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
+from .api import BATCH_TOKENS, Classifier, Prediction, load
+from .batches import progress_bar
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
-from .errors import BackendError, MinilptError
+from .embeddings import POOLINGS
+from .errors import BackendError, InputError, MinilptError
 from .evaluate import evaluate, machine
-from .files import write_whole
+from .files import whole, write_whole
 from .golden import export_golden
 from .kernels import compiled, isa
 from .kernels.cuda import Geometry
@@ -35,10 +41,12 @@ from .pruning import FILE_NAME
 from .ranges import quantize_model
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
+from .truncation import AGGREGATES, MODES
 from .weights.resolve import DEFAULT, bundled_names, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
+Answer = TypeVar("Answer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,15 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", help="classify texts")
-    predict.add_argument("texts", nargs="*", metavar="TEXT")
-    predict.add_argument("--input", metavar="FILE", help="classify the rows of a file instead; - is standard input")
-    _add_input_options(predict)
+    _add_text_options(predict)
     predict.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
-    predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
-    _add_progress_option(predict, "with --input, on a terminal")
     _add_model_options(predict)
     predict.set_defaults(run=_predict, usage_error=predict.error)
+
+    embed = commands.add_parser("embed", help="turn texts into vectors")
+    _add_text_options(embed)
+    embed.add_argument("--pooling", choices=POOLINGS, help="default: what the model's folder says, else mean")
+    embed.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="to length 1; default: as --pooling"
+    )
+    embed.add_argument("--out", metavar="FILE", help="a .npy or .jsonl file; default: JSON lines on standard output")
+    _add_model_options(embed)
+    embed.set_defaults(run=_embed, usage_error=embed.error)
 
     explain = commands.add_parser("explain", help="show at which layer each token of a text was removed")
     explain.add_argument("text", metavar="TEXT")
@@ -174,6 +188,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--input", metavar="FILE", help="take the rows of a file instead; - is standard input")
+    _add_input_options(parser)
+    parser.add_argument("--truncation", choices=MODES, help="of long texts (default: what the tokenizer says, or head)")
+    parser.add_argument("--stride", type=_count, metavar="N", help="tokens that windows share (default: 0)")
+    parser.add_argument("--aggregate", choices=AGGREGATES, help="of windows (default: mean)")
+    parser.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
+    _add_progress_option(parser, "with --input, on a terminal")
+
+
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-format", choices=records.FORMATS, help="default: by the file's ending, else lines")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="in JSONL, CSV and TSV (default: text)")
@@ -207,6 +232,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
     model = load(
@@ -221,18 +250,70 @@ def _load(options: argparse.Namespace) -> Classifier:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    if bool(options.texts) == (options.input is not None):
-        options.usage_error("give texts or --input FILE, one of the two")
+    _check_texts(options)
     model = _load(options)
     write = _write_table if options.format == "table" else _write_jsonl
+    header, cut = True, Counter[str]()
+    for texts, predictions in _in_chunks(options, partial(model.predict, **_text_settings(options))):
+        write(texts, predictions, header)
+        sys.stdout.flush()
+        lost = [prediction.n_truncated for prediction in predictions if prediction.n_truncated]
+        header, cut = False, cut + Counter(texts=len(lost), tokens=sum(lost))
+    if cut:
+        print(f"minilpt: texts cut: {cut['texts']}, by {cut['tokens']} tokens; see --truncation", file=sys.stderr)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    _check_texts(options)
+    out = Path(options.out) if options.out else None
+    if out and (out.suffix not in (".npy", ".jsonl") or not out.parent.is_dir()):
+        options.usage_error(f"--out {out}: a .npy or .jsonl file in a folder that is there was expected")
+    model = _load(options)
+    embed = partial(model.embed, pooling=options.pooling, normalize=options.normalize, **_text_settings(options))
+    chunks = (vectors for _, vectors in _in_chunks(options, embed))
+    if out and out.suffix == ".npy":
+        vectors = np.concatenate([np.zeros((0, model.config.width), np.float32), *chunks])
+        with whole(out) as file:
+            np.save(file, vectors)
+    elif out:
+        with whole(out) as file:
+            file.writelines(f"{line}\n".encode() for line in _json_lines(chunks))
+    else:
+        for line in _json_lines(chunks):
+            print(line)
+
+
+def _json_lines(chunks: Iterator[NDArray[np.float32]]) -> Iterator[str]:
+    """One object for each vector, with its float32 values to the last bit."""
+    return (json.dumps({"embedding": vector}) for vectors in chunks for vector in vectors.tolist())
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    if bool(options.texts) == (options.input is not None):
+        options.usage_error("give texts or --input FILE, one of the two")
+    if options.truncation != "windows" and (options.stride is not None or options.aggregate is not None):
+        options.usage_error("--stride and --aggregate are for --truncation windows")
+
+
+def _text_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch_tokens", "truncation", "stride", "aggregate")}
+
+
+def _in_chunks(
+    options: argparse.Namespace, answer: Callable[[list[TextOrPair]], Answer]
+) -> Iterator[tuple[list[TextOrPair], Answer]]:
+    """The texts, CHUNK at a time, with their answers, and progress shown; an error counts from its chunk on."""
     wanted = options.input is not None and sys.stderr.isatty() if options.progress is None else options.progress
+    done = 0
     with _texts(options) as texts, progress_bar(None, wanted) as bar:
-        header = True
         while chunk := list(islice(texts, CHUNK)):
-            write(chunk, model.predict(chunk, batch_tokens=options.batch_tokens), header)
-            sys.stdout.flush()
+            try:
+                found = answer(chunk)
+            except InputError as error:
+                raise InputError(f"after {done} texts: {error}" if done else str(error)) from None
+            yield chunk, found
             bar.update(len(chunk))
-            header = False
+            done += len(chunk)
 
 
 @contextmanager

@@ -22,9 +22,6 @@ T = TypeVar("T", bound=np.floating)
 # C. Sun et al., "How to Fine-Tune BERT for Text Classification?" (arXiv 1905.05583, section 5.3.1): of 510 tokens, the
 # first 128 and the last 382.
 HEAD, ROOM = 128, 510
-# How many tokens windows share, at most half of one: what transformers' question-answering pipeline does unasked
-# (doc_stride in pipelines/question_answering.py).
-STRIDE = 128
 
 
 def _head(n: int, length: int) -> Places:
@@ -66,8 +63,8 @@ AGGREGATES: Mapping[str, Callable[[Array, Places], Array]] = {"mean": _mean, "ma
 class Truncation:
     """What becomes of long texts. mode: one of MODES, or None for what the tokenizer's settings say.
 
-    stride: tokens that neighbouring windows share, by default STRIDE or half a window if that is less. aggregate: one
-    of AGGREGATES. Both are for windows only. Raises InputError for anything else.
+    stride: tokens that neighbouring windows share, 0 by default as in the tokenizers package; aggregate: one of
+    AGGREGATES, "mean" by default. Both are for windows only. Raises InputError for anything else.
     """
 
     mode: str | None = None
@@ -105,8 +102,7 @@ class Truncation:
     def _windows(self, lengths: tuple[int, int], room: int) -> list[Cut]:
         """Windows over the longer part (the second of equals), from its beginning; the other stays whole in each."""
         n, whole = max(lengths), np.arange(min(lengths))
-        size = room - len(whole)
-        stride = min(STRIDE, size // 2) if self.stride is None else self.stride
+        size, stride = room - len(whole), self.stride or 0
         if size <= stride:
             raise InputError(
                 f"is a pair whose shorter text has {len(whole)} of {room} tokens, which leaves windows of "

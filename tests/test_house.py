@@ -23,7 +23,7 @@ FLOORS = (
     ("errors",),
     ("config", "cuda_device", "explanation", "files", "kernels", "quantize", "ragged", "threads", "truncation"),
     ("weights", "pruning", "text", "embeddings"),
-    ("backends", "reference", "records", "scales", "integer_rules"),
+    ("backends", "batches", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
     ("engine", "integer_reference"),
     ("numpy_engine", "compiled_engine", "cuda_engine"),
