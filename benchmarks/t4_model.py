@@ -131,8 +131,8 @@ def tables(found: Mapping[str, Any]) -> str:
     head = ["us a sequence", *names, "layer"]
     lines = [_row(head), _row(["---"] * len(head))]
     for kind in ("dense", "pruned"):
-        layers = found[f"{kind}_s"]
-        for times, numbers in groupby(range(len(layers)), lambda layer: _times(layers[layer], names, count)):
+        cells = [_times(parts, names, count) for parts in found[f"{kind}_s"]]
+        for times, numbers in groupby(range(len(cells)), cells.__getitem__):
             first, *others = numbers
             title = f"layers {first} to {others[-1]}" if others else f"layer {first}"
             lines.append(_row([f"{kind}, {title}", *times]))

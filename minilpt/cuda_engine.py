@@ -75,10 +75,13 @@ class Removed(NamedTuple):
 class CudaProgram(Protocol):
     """A model's weights on a device and its arithmetic, on the current stream. Rows are (N, D) of `row_type`."""
 
-    kernels: Kernels
     row_type: Any
     mass_type: Any
     longest_text: int
+
+    @property
+    def kernels(self) -> Kernels:
+        """Of the device."""
 
     def rules(self, rule: KeepRule | None) -> list[LayerRule]:
         """One for each layer."""

@@ -7,7 +7,7 @@ width, L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from .pruning import KeepRule
 
 Float32 = NDArray[np.float32]
 
-ROW_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+ROW_TYPES: Mapping[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class Linear(NamedTuple):
@@ -163,7 +163,8 @@ class FloatCudaProgram:
         return Removed((share,), goes_on, stand_in)
 
     def merge_rows(self, x: Array, removed: Removed, rows: Rows) -> None:
-        self.kernels.merge_rows(x, *removed.weights, removed.stand_in, rows.cu_seqlens)
+        (share,) = removed.weights
+        self.kernels.merge_rows(x, share, removed.stand_in, rows.cu_seqlens)
 
     def merged_context(
         self, layer: int, qkv: Array, rows: Rows, removed: Removed, rank: Array, probs_zhn: Array, context: Array

@@ -187,7 +187,8 @@ class IntegerCudaProgram:
         return Removed((weights, total), goes_on, stand_in)
 
     def merge_rows(self, x: Array, removed: Removed, rows: Rows) -> None:
-        self.kernels.merge_rows(x, *removed.weights, removed.stand_in, rows.cu_seqlens)
+        weights, total = removed.weights
+        self.kernels.merge_rows(x, weights, total, removed.stand_in, rows.cu_seqlens)
 
     def merged_context(
         self, layer: int, qkv: Array, rows: Rows, removed: Removed, rank: Array, probs_zhn: Array, context: Array
