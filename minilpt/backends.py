@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .errors import BackendError, MinilptWarning
-from .kernels import isa
+from .kernels import bundled, compiled, isa
 from .threads import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -55,6 +55,8 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
     if reason is None:
         try:
             rung = isa.chosen().name
+            if bundled.rungs() is not None:
+                compiled.entry("integer" if precision in INTEGER_PRECISIONS else "float")
         except ValueError as error:
             raise BackendError(str(error)) from None
         return Backend("numba", "cpu", precision, threads or usable_cores(), rung)
@@ -67,7 +69,7 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
 def _why_not_compiled() -> str | None:
     if sys.byteorder != "little":
         return "the compiled kernels are for little-endian machines"
-    if find_spec("numba") is None:
+    if bundled.rungs() is None and find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
     return None
 

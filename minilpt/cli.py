@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | calibrate | quantize | export-golden | eval | models | info | warmup`.
+"""The command line: `minilpt predict | explain | calibrate | quantize | eval | bundle | info | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from . import __version__, backends, records
 from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
+from .bundling import RUNGS, bundle, zipped
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
 from .errors import BackendError, MinilptError
 from .evaluate import evaluate, machine
@@ -155,6 +156,20 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions, backends and a model's facts, as JSON")
     _add_model_options(info)
     info.set_defaults(run=_info)
+
+    bundling = commands.add_parser("bundle", help="write a folder that runs a model without Numba, as in the cloud")
+    bundling.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    bundling.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    bundling.add_argument(
+        "--isa",
+        type=lambda text: tuple(text.split(",")),
+        default=RUNGS,
+        metavar="RUNG,...",
+        help=f"instruction sets, of {', '.join(rung.name for rung in isa.LADDER)} (default: {','.join(RUNGS)})",
+    )
+    bundling.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
+    bundling.add_argument("--zip", action="store_true", help="also write DIR.zip")
+    bundling.set_defaults(run=_bundle)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
     warmup.set_defaults(run=_warmup)
@@ -400,7 +415,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _compiled() -> dict[str, Any]:
     """The instruction sets, and where the compiled kernels are kept."""
-    files = [compiled.cache_file(isa.chosen(), part) for part in compiled.PARTS]
+    files = [compiled.kernel_file(part) for part in compiled.PARTS]
     return {
         "rung": isa.chosen().name,
         "rungs_of_this_machine": [rung.name for rung in isa.usable()],
@@ -419,6 +434,14 @@ def _warmup(options: argparse.Namespace) -> None:
                 f"{path}: the compiled kernels could not be kept; set {compiled.CACHE_VARIABLE} to a folder"
             )
         print(f"{backend.rung}: {path}")
+
+
+def _bundle(options: argparse.Namespace) -> None:
+    folder = bundle(options.model, options.out, rungs=options.isa, precision=options.precision)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"minilpt: wrote {folder}, {size / 1e6:.0f} MB", file=sys.stderr)
+    if options.zip:
+        print(f"minilpt: wrote {zipped(folder)}", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
-"""Files that appear under their names only when they are whole."""
+"""Files and folders that appear under their names only when they are whole."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
@@ -23,3 +26,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, beside its place; renamed to `target` at the end, or gone if filling it fails.
+
+    Raises InputError if `target` is there, or if something cannot be written.
+    """
+    if target.exists():
+        raise InputError(f"{target}: is there already; name a folder that is to be made")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
+            folder = Path(room, "made")
+            folder.mkdir()  # with the modes that any folder has
+            yield folder
+            folder.rename(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
