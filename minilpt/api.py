@@ -329,7 +329,7 @@ class Classifier:
             for indices in _by_length([len(item.ids) for item in encoded], batch_tokens):
                 members = [encoded[index] for index in indices]
                 yield indices, members, self._run([m.ids for m in members], [m.segments for m in members])
-                if progress:
+                if bar is not None:
                     bar.update(len(indices))
 
     def _activated(self, logits: Float32) -> Float32:

@@ -54,7 +54,7 @@ def bundle(model: str | Path | None, out: Path | str, *, rungs: Sequence[str] = 
     Python on this system, and appears only if it gives the same logits as this process, bit for bit.
     Raises BackendError where bundling is impossible, InputError if `out` is there, DependencyError, and as `load` does.
     """
-    classifier = load(model, precision=precision)
+    classifier = load(model, precision=precision, device="cpu")
     _check(classifier, rungs)
     with whole_folder(Path(out)) as folder:
         _copy_packages(folder)
@@ -64,7 +64,7 @@ def bundle(model: str | Path | None, out: Path | str, *, rungs: Sequence[str] = 
         facts = {
             "minilpt": __version__,
             "model": classifier.folder.name,
-            "load": {"precision": precision},
+            "load": {"precision": precision, "device": "cpu"},
             "rungs": list(rungs),
             "python": "{}.{}".format(*sys.version_info),
             "platform": f"{platform.system()} {platform.machine()}",
@@ -123,8 +123,10 @@ def _installed_files(name: str) -> Sequence[metadata.PackagePath]:
 
 def _needed(file: PurePath) -> bool:
     """Of the files of an installed package."""
+    if file.parts[0].endswith(INSTALLED):
+        return file.name not in UNNEEDED_NAMES
     unneeded = UNNEEDED_FOLDERS & set(file.parts) or ".." in file.parts or file.name.startswith(TEST_LIBRARIES)
-    return not unneeded and file.suffix not in UNNEEDED_ENDINGS and file.name not in UNNEEDED_NAMES
+    return not unneeded and file.suffix not in UNNEEDED_ENDINGS
 
 
 def _copy_model(source: Path, target: Path) -> None:
