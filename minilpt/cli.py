@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import __version__, backends, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
+from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar, pruning_of
 from .bundling import RUNGS, bundle, zipped
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
+from .config import read_config
+from .doctor import examine
 from .errors import BackendError, MinilptError
 from .evaluate import evaluate, machine
 from .files import write_whole
@@ -170,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     bundling.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
     bundling.add_argument("--zip", action="store_true", help="also write DIR.zip")
     bundling.set_defaults(run=_bundle)
+
+    doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what to do")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run=_doctor)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
     warmup.set_defaults(run=_warmup)
@@ -383,8 +389,11 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    model = _load(options)
-    config, backend = model.config, model.backend
+    """Looks only: weights are not read and kernels not compiled."""
+    backend = backends.choose("auto", options.precision, options.threads)
+    folder = resolve(options.model)
+    config = read_config(folder)
+    pruning = pruning_of(folder, config, None if options.pruning == "off" else options.pruning)
     facts: dict[str, Any] = {
         "minilpt": __version__,
         "machine": machine(),
@@ -398,7 +407,7 @@ def _info(options: argparse.Namespace) -> None:
         },
         "bundled": bundled_names(),
         "model": {
-            "folder": str(model.folder),
+            "folder": str(folder),
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,
@@ -407,7 +416,7 @@ def _info(options: argparse.Namespace) -> None:
             "max_tokens": config.max_tokens,
             "labels": list(config.labels),
             "problem_type": config.problem_type,
-            "pruning": model.pruning.to_json() if model.pruning else None,
+            "pruning": pruning.to_json() if pruning else None,
         },
     }
     print(json.dumps(facts, indent=2))
@@ -421,6 +430,19 @@ def _compiled() -> dict[str, Any]:
         "rungs_of_this_machine": [rung.name for rung in isa.usable()],
         "cache": {str(file): "there" if file.is_file() else "to be compiled" for file in files},
     }
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Exit code 1 where there is a problem."""
+    findings = examine()
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        print("\n".join(_aligned([[finding.level, finding.about, finding.found] for finding in findings])))
+        for finding in findings:
+            if finding.advice:
+                print(f"{finding.about}: {finding.advice}")
+    return int(any(finding.level == "problem" for finding in findings))
 
 
 def _warmup(options: argparse.Namespace) -> None:

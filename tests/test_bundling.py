@@ -141,6 +141,12 @@ def test_a_machine_takes_the_highest_rung_that_it_has(folder: Path) -> None:
     assert alone(folder, LABEL.format(model=str(folder / "model"))).stdout == f"{RUNGS[0]} positive\n"
 
 
+def test_its_command_line_works_and_its_doctor_finds_no_problem(folder: Path) -> None:
+    for command in (["doctor"], ["predict", "--model", str(folder / "model"), "a fine film"]):
+        done = alone(folder, f"from minilpt.cli import main; sys.exit(main({command!r}))")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def break_sources(folder: Path) -> None:
     with (folder / "minilpt" / "kernels" / "blocks.py").open("a") as file:
         file.write("# another version\n")
