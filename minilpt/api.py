@@ -104,7 +104,7 @@ def load(
     backend = backends.choose(device, precision, threads)
     folder = resolve(name_or_path)
     config = read_config(folder)
-    chosen = _pruning(folder, config, pruning)
+    chosen = pruning_of(folder, config, pruning)
     engine = _engine(folder, config, chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
@@ -180,7 +180,7 @@ class Classifier:
 
         A `Pruning`, as another model of the same shape has it, is taken as it is, and no file is read.
         """
-        chosen = pruning if isinstance(pruning, Pruning) else _pruning(self.folder, self.config, pruning)
+        chosen = pruning if isinstance(pruning, Pruning) else pruning_of(self.folder, self.config, pruning)
         engine = self._engine.with_rule(chosen.rule if chosen else None)
         return Classifier(self.folder, self.config, engine, chosen, self._encoder)
 
@@ -437,7 +437,7 @@ def _no_embeddings_in(backend: backends.Backend) -> BackendError:
     )
 
 
-def _pruning(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
+def pruning_of(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
     """The pruning that `load(pruning=wanted)` means for this folder."""
     if wanted is None:
         return None

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from . import cuda_device
 from .errors import BackendError, MinilptWarning
-from .kernels import isa
+from .kernels import bundled, compiled, isa
 from .threads import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -64,6 +64,8 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
     if reason is None:
         try:
             rung = isa.chosen().name
+            if bundled.rungs() is not None:
+                compiled.entry("integer" if precision in INTEGER_PRECISIONS else "float")
         except ValueError as error:
             raise BackendError(str(error)) from None
         return Backend("numba", "cpu", precision, threads or usable_cores(), rung)
@@ -88,7 +90,7 @@ def unavailable() -> dict[str, str]:
 def _why_not_compiled() -> str | None:
     if sys.byteorder != "little":
         return "the compiled kernels are for little-endian machines"
-    if find_spec("numba") is None:
+    if bundled.rungs() is None and find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
     return None
 

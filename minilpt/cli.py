@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | embed | explain | calibrate | quantize | export-golden | eval | models | ...`.
+"""The command line: `minilpt predict | embed | explain | calibrate | quantize | eval | bundle | doctor | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -25,9 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, backends, cuda_device, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load
+from .api import BATCH_TOKENS, Classifier, Prediction, load, pruning_of
 from .batches import progress_bar
+from .bundling import RUNGS, bundle, zipped
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
+from .config import read_config
+from .doctor import examine
 from .embeddings import POOLINGS
 from .errors import BackendError, InputError, MinilptError
 from .evaluate import evaluate, machine
@@ -172,6 +175,24 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions, backends and a model's facts, as JSON")
     _add_model_options(info)
     info.set_defaults(run=_info)
+
+    bundling = commands.add_parser("bundle", help="write a folder that runs a model without Numba, as in the cloud")
+    bundling.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    bundling.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    bundling.add_argument(
+        "--isa",
+        type=lambda text: tuple(text.split(",")),
+        default=RUNGS,
+        metavar="RUNG,...",
+        help=f"instruction sets, of {', '.join(rung.name for rung in isa.LADDER)} (default: {','.join(RUNGS)})",
+    )
+    bundling.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
+    bundling.add_argument("--zip", action="store_true", help="also write DIR.zip")
+    bundling.set_defaults(run=_bundle)
+
+    doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what to do")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run=_doctor)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
     warmup.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: cpu")
@@ -466,8 +487,11 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    model = _load(options)
-    config, backend = model.config, model.backend
+    """Looks only: weights are not read and kernels not compiled."""
+    backend = backends.choose(options.device, options.precision, options.threads)
+    folder = resolve(options.model)
+    config = read_config(folder)
+    pruning = pruning_of(folder, config, None if options.pruning == "off" else options.pruning)
     facts: dict[str, Any] = {
         "minilpt": __version__,
         "machine": machine(),
@@ -482,7 +506,7 @@ def _info(options: argparse.Namespace) -> None:
         },
         "bundled": bundled_names(),
         "model": {
-            "folder": str(model.folder),
+            "folder": str(folder),
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,
@@ -491,7 +515,7 @@ def _info(options: argparse.Namespace) -> None:
             "max_tokens": config.max_tokens,
             "labels": list(config.labels),
             "problem_type": config.problem_type,
-            "pruning": model.pruning.to_json() if model.pruning else None,
+            "pruning": pruning.to_json() if pruning else None,
         },
     }
     print(json.dumps(facts, indent=2))
@@ -499,12 +523,25 @@ def _info(options: argparse.Namespace) -> None:
 
 def _compiled() -> dict[str, Any]:
     """The instruction sets, and where the compiled kernels are kept."""
-    files = [compiled.cache_file(isa.chosen(), part) for part in compiled.PARTS]
+    files = [compiled.kernel_file(part) for part in compiled.PARTS]
     return {
         "rung": isa.chosen().name,
         "rungs_of_this_machine": [rung.name for rung in isa.usable()],
         "cache": {str(file): "there" if file.is_file() else "to be compiled" for file in files},
     }
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Exit code 1 where there is a problem."""
+    findings = examine()
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        print("\n".join(_aligned([[finding.level, finding.about, finding.found] for finding in findings])))
+        for finding in findings:
+            if finding.advice:
+                print(f"{finding.about}: {finding.advice}")
+    return int(any(finding.level == "problem" for finding in findings))
 
 
 def _warmup(options: argparse.Namespace) -> None:
@@ -524,6 +561,14 @@ def _warmup(options: argparse.Namespace) -> None:
                 f"{path}: the compiled kernels could not be kept; set {compiled.CACHE_VARIABLE} to a folder"
             )
         print(f"{backend.rung}: {path}")
+
+
+def _bundle(options: argparse.Namespace) -> None:
+    folder = bundle(options.model, options.out, rungs=options.isa, precision=options.precision)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"minilpt: wrote {folder}, {size / 1e6:.0f} MB", file=sys.stderr)
+    if options.zip:
+        print(f"minilpt: wrote {zipped(folder)}", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace) -> None:

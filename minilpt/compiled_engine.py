@@ -90,7 +90,7 @@ class CompiledEngine:
     """Packed weights, a keep rule and threads. Immutable but for its scratch memory: safe to share between threads."""
 
     def __init__(self, config: ModelConfig, program: Program, rule: KeepRule | None, backend: Backend):
-        compiled.warm_up(program.part)  # here rather than at the first text: it may take half a minute
+        compiled.entry(program.part)  # here rather than at the first text: it may take half a minute
         self.config, self.backend = config, backend
         self.program = program
         self._threads = Threads(backend.threads)

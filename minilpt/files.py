@@ -1,7 +1,8 @@
-"""Files that appear under their names only when they are whole."""
+"""Files and folders that appear under their names only when they are whole."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +36,22 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, beside its place; renamed to `target` at the end, or gone if filling it fails.
+
+    Raises InputError if `target` is there, or if something cannot be written.
+    """
+    if target.exists():
+        raise InputError(f"{target}: is there already; name a folder that is to be made")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
+            folder = Path(room, "made")
+            folder.mkdir()  # with the modes that any folder has
+            yield folder
+            folder.rename(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None

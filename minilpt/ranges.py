@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from .batches import progress_bar, token_batch
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_json
 from .errors import CalibrationError, InputError, MinilptWarning, UnsupportedModelError
+from .files import whole_folder
 from .integer_model import check_supported, integer_model
 from .integer_program import IntegerProgram
 from .kernels import NUMPY
@@ -335,20 +335,13 @@ def _write(
 ) -> None:
     """The folder, made beside its place and then renamed."""
     theirs = names.checkpoint_names(model.config)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
-            folder = Path(room, "model")
-            folder.mkdir()
-            for name in COPIED:
-                if (model.folder / name).is_file():
-                    shutil.copyfile(model.folder / name, folder / name)
-            config = read_json(model.folder / "config.json")
-            if scales.exponents:
-                config["quant_mode"] = True
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_weights(folder, {theirs[name]: tensor for name, tensor in weights.items()}, int8_rows=True)
-            write_scales(folder / FILE_NAME, scales, provenance)
-            folder.rename(target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    with whole_folder(target) as folder:
+        for name in COPIED:
+            if (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, folder / name)
+        config = read_json(model.folder / "config.json")
+        if scales.exponents:
+            config["quant_mode"] = True
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_weights(folder, {theirs[name]: tensor for name, tensor in weights.items()}, int8_rows=True)
+        write_scales(folder / FILE_NAME, scales, provenance)

@@ -30,8 +30,8 @@ FLOORS = (
     ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("calibration", "ranges", "golden"),
-    ("cli", "recipes"),
+    ("bundling", "calibration", "doctor", "ranges", "golden"),
+    ("bundle_entry", "cli", "integrations", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}
 SOURCES = sorted(path for room in ROOMS.values() for path in room.rglob("*.py"))
