@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,15 @@ class BatchPredictor:
         items = first if pairs is None else list(zip(first, _plain(pairs), strict=True))
         found = _model(self.model, self.load_kwargs).predict(items) if items else []
         return {column: _column(name, found) for name, column in self.outputs.items()}
+
+    def batch_function(self) -> Callable[..., dict[str, NDArray[Any]]]:
+        """`columns` with as many parameters as there are columns to read: Spark's `predict_batch_udf` counts them.
+
+        It is given this method itself, which it calls once in each process.
+        """
+        if self.pair_column is None:
+            return lambda texts: self.columns(texts)
+        return lambda texts, pairs: self.columns(texts, pairs)
 
 
 def _plain(values: Any) -> list[Any]:
