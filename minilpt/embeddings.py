@@ -65,7 +65,10 @@ def read_embedding(folder: Path) -> Embedding:
     prompt = read_json(settings).get("default_prompt_name") if settings.is_file() else None
     if prompt:
         raise _unsupported(settings, f"default_prompt_name {prompt!r}: put the prompt before the texts yourself")
-    return Embedding(_pooling(folder / str(modules[1].get("path")) / "config.json"), len(kinds) == 3)
+    name = str(modules[1].get("path"))
+    if Path(name).name != name:
+        raise _unsupported(path, f"the Pooling module's path {name!r} is not the plain name of a folder here")
+    return Embedding(_pooling(folder / name / "config.json"), len(kinds) == 3)
 
 
 def _kind(module: Any) -> str:
