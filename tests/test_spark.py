@@ -23,6 +23,7 @@ PROGRAM = """
 import json
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
+from pyspark.sql.types import StructType
 from minilpt.integrations import BatchPredictor
 
 local = {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
@@ -31,7 +32,8 @@ table = spark.createDataFrame(list(enumerate(json.load(open("texts.json")))), "r
 predict = BatchPredictor()
 
 mapped = table.mapInPandas(lambda batches: map(predict, batches), "row long, text string, label string, score float")
-answer = predict_batch_udf(predict.batch_function, return_type="label string, score float", batch_size=8)
+kinds = StructType().add("label", "string").add("score", "float")
+answer = predict_batch_udf(predict.batch_function, return_type=kinds, batch_size=8)
 added = table.withColumn("answer", answer("text")).select("row", "answer.label", "answer.score")
 print(json.dumps([list(map(list, frame.select("row", "label", "score").collect())) for frame in (mapped, added)]))
 spark.stop()
@@ -39,7 +41,7 @@ spark.stop()
 
 
 def test_both_ways_to_run_a_model_on_spark_answer_every_row_once(shared: Path, tmp_path: Path) -> None:
-    lines = (shared / "data" / "long" / "imdb_dev_2000.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (shared / "data" / "long" / "imdb_dev_2000.jsonl").read_text(encoding="utf-8").split("\n")
     texts = [json.loads(line)["text"] for line in lines[:TEXTS]]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     environment = os.environ | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
