@@ -21,23 +21,24 @@ import json, os, signal, sys
 import ray
 from minilpt.integrations import BatchPredictor, allotted_threads
 
+TEXTS, KILLED, ANSWERS = map(os.path.abspath, sys.argv[1:])
+
 class Mortal(BatchPredictor):
     def __call__(self, batch):
         answer = super().__call__(batch)
-        if 7 in batch["row"] and not os.path.exists(sys.argv[2]):
-            open(sys.argv[2], "x").close()
+        if 7 in batch["row"] and not os.path.exists(KILLED):
+            open(KILLED, "x").close()
             os.kill(os.getpid(), signal.SIGKILL)
         rows = len(batch["row"])
         return answer | {"process": [os.getpid()] * rows, "threads": [allotted_threads()] * rows}
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-sys.argv[1:] = [os.path.abspath(path) for path in sys.argv[1:]]
-rows = [{"row": row, "text": text} for row, text in enumerate(json.load(open(sys.argv[1])))]
+rows = [{"row": row, "text": text} for row, text in enumerate(json.load(open(TEXTS)))]
 answers = ray.data.from_items(rows, override_num_blocks=8).map_batches(
     Mortal, fn_constructor_kwargs={"outputs": ["label", "score"]}, batch_size=5, num_cpus=1, concurrency=2
 )
 found = answers.drop_columns(["text"]).take_all()
-with open(sys.argv[3], "w") as file:  # Ray writes to stdout as it likes
+with open(ANSWERS, "w") as file:  # Ray writes to stdout as it likes
     json.dump(found, file)
 """
 
