@@ -146,6 +146,11 @@ class Classifier:
         """Longest input in tokens, special tokens included; longer texts are cut and say so in `n_truncated`."""
         return self._text_encoder().max_tokens
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The folder's tokenizer under the model's limits. Raises TokenizerError if there is none."""
+        return self._text_encoder()
+
     def with_pruning(self, pruning: str | Path | Mapping[str, Any] | Pruning | None) -> Classifier:
         """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is.
 
@@ -329,6 +334,10 @@ class Classifier:
                 members = [encoded[index] for index in indices]
                 yield indices, members, self._run([m.ids for m in members], [m.segments for m in members])
                 bar.update(len(indices))
+
+    def activated(self, logits: Float32) -> Float32:
+        """The scores that `predict` gives for these logits, (B, labels) float32."""
+        return self._activated(logits)
 
     def _activated(self, logits: Float32) -> Float32:
         """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""

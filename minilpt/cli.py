@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | calibrate | quantize | export-golden | eval | models | info | warmup`.
+"""The command line: `minilpt predict | explain | serve | calibrate | quantize | export-golden | eval | models | info | warmup`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -23,13 +23,14 @@ from typing import Any, TextIO
 from . import __version__, backends, records
 from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
-from .errors import BackendError, MinilptError
+from .errors import BackendError, DependencyError, MinilptError
 from .evaluate import evaluate, machine
 from .files import write_whole
 from .golden import export_golden
 from .kernels import compiled, isa
 from .pruning import FILE_NAME
 from .ranges import quantize_model
+from .serving.options import ServeOptions, add_flags
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .weights.resolve import DEFAULT, bundled_names, resolve
@@ -101,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     _add_model_options(explain)
     explain.set_defaults(run=_explain)
+
+    server = commands.add_parser("serve", help="serve a model over HTTP, as text-embeddings-inference does")
+    server.add_argument("model", nargs="?", default=os.environ.get("MODEL_ID"), metavar="MODEL", help="($MODEL_ID)")
+    server.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    server.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
+    _add_engine_options(server)
+    add_flags(server)
+    server.set_defaults(run=_serve)
 
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
     calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
@@ -280,6 +289,15 @@ def _explain(options: argparse.Namespace) -> None:
         print(f"minilpt: wrote {options.html}", file=sys.stderr)
     else:
         print(json.dumps(found.to_dict(), ensure_ascii=False) if options.format == "json" else found.to_ansi())
+
+
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from .serving.server import serve
+    except ImportError as error:
+        raise DependencyError(f"serving needs {error.name}: pip install 'minilpt[serve]'") from None
+    found = ServeOptions.of(options)
+    serve(_load(options), found, options.model or DEFAULT)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
