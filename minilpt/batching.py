@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -75,7 +75,7 @@ class Batcher(Generic[T, R]):
         self._run, self._on_batch = run, on_batch
         self._batch_tokens, self._most_requests = batch_tokens, most_requests
         self._queue: deque[_Entry[T, R]] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock may be taken again by the thread that holds it
         self._places, self._refusing, self._ending = 0, False, False
         self.last_batch_failed = False
         self._thread = threading.Thread(target=self._work, name="minilpt-batcher", daemon=True)
@@ -162,9 +162,11 @@ class Batcher(Generic[T, R]):
         total = 0
         while self._queue:
             entry = self._queue[0]
-            if not entry.request.future.cancelled():
-                if batch and total + entry.tokens > self._batch_tokens:
-                    break
+            if entry.request.future.cancelled():
+                self._finish(entry, Outcome(None, CancelledError(), 0.0, 0.0))  # whoever waits for it is told
+            elif batch and total + entry.tokens > self._batch_tokens:
+                break
+            else:
                 batch.append(entry)
                 total += entry.tokens
             self._queue.popleft()

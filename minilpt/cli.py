@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | serve | calibrate | quantize | export-golden | eval | models | info | warmup`.
+"""The command line: `minilpt predict | explain | serve | calibrate | quantize | export-golden | eval | models | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).

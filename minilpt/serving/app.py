@@ -126,7 +126,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(private)
     main = {"reranker": rerank, "embedding": embed}.get(service.kind, predict)
     for path in ("/", "/invocations"):  # as the contract has it for SageMaker and the hosted API
-        app.post(path, include_in_schema=False, dependencies=[Depends(_authorized)])(main)
+        app.add_api_route(path, main, methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)])
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _not_understood)
     app.add_exception_handler(HTTPException, _http_error)
@@ -171,7 +171,7 @@ class _PayloadLimit:
         message = f"the body has more than {self._limit} bytes, which is this server's limit"
         stated = dict(scope["headers"]).get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > self._limit:
-            return await _error("Validation", message, STATUS["Validation"])(scope, receive, send)  # type: ignore[arg-type]
+            return await _error("Validation", message, STATUS["Validation"])(scope, receive, send)
         size = 0
 
         async def counted() -> Message:

@@ -50,9 +50,7 @@ class Metrics:
         self.batch_items = histogram("te_batch_next_size", "Texts in a batch", SIZES)
         self.batch_tokens = histogram("te_batch_next_tokens", "Tokens in a batch", SIZES)
         self.kept_tokens = counter("minilpt_kept_tokens", "Tokens that a layer's feed-forward computed", "layer")
-        self.flops = counter(
-            "minilpt_flops", "Of the matrix products, executed and as the dense model has them", "kind"
-        )
+        self.flops = counter("minilpt_flops", "Of matrix products, executed and as the dense model has them", "kind")
         prometheus.Gauge("te_queue_size", "Texts in the queue", registry=registry).set_function(waiting)
 
     def on_batch(self, items: int, tokens: int) -> None:

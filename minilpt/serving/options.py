@@ -69,7 +69,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-# flag -> (its kind, the environment variable, help). The variables that text-embeddings-inference has are named as there.
+# flag -> (its kind, the environment variable, help). What text-embeddings-inference has too is named as there.
 FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "host": (str, "HOSTNAME", "address to listen on; 0.0.0.0 is every one of this machine"),
     "port": (_port, "PORT", "0 is any free one"),

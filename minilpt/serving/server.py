@@ -64,8 +64,6 @@ def serve(model: Classifier, options: ServeOptions, name: str) -> None:
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)  # type: ignore[arg-type]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
-        raise InputError(
-            f"{host}:{port}: cannot listen there: {error.strerror}; take another --host or --port"
-        ) from None
+        raise InputError(f"{host}:{port}: cannot listen there: {error.strerror}; set --host, --port") from None

@@ -55,7 +55,8 @@ class Service:
         with self._counted("batch" if batch else "single"):
             if self.kind == "embedding":
                 raise RefusedError("Backend", "this model is an encoder without a classification head: use /embed")
-            texts = [_sequence(item) for item in (inputs if batch else [inputs])]
+            items: list[Any] = list(inputs) if batch else [inputs]
+            texts = [_sequence(item) for item in items]
             computed = await self._computed("predict", texts, request)
             logits = computed.values
             scores = logits if request.raw_scores else self._scores(logits)
