@@ -175,6 +175,11 @@ class Classifier:
         """Longest input in tokens, special tokens included; `predict` says what becomes of longer ones."""
         return self._text_encoder().max_tokens
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The folder's tokenizer under the model's limits. Raises TokenizerError if there is none."""
+        return self._text_encoder()
+
     def with_pruning(self, pruning: str | Path | Mapping[str, Any] | Pruning | None) -> Classifier:
         """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is.
 
@@ -403,6 +408,10 @@ class Classifier:
         logits, *counts = in_batches(self.config, sequences, batch_tokens, progress, run)
         kept, executed, dense = (np.add.reduceat(count, starts, axis=0, dtype=count.dtype) for count in counts)
         return encoded, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
+
+    def activated(self, logits: Float32) -> Float32:
+        """The scores that `predict` gives for these logits, (B, labels) float32."""
+        return self._activated(logits)
 
     def _activated(self, logits: Float32) -> Float32:
         """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""

@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | embed | explain | calibrate | quantize | eval | bundle | doctor | ...`.
+"""The command line: `minilpt predict | embed | explain | serve | calibrate | quantize | eval | bundle | doctor | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -32,7 +32,7 @@ from .calibration import MOST_TEXTS, Calibration, Point, calibrate
 from .config import read_config
 from .doctor import examine
 from .embeddings import POOLINGS
-from .errors import BackendError, InputError, MinilptError
+from .errors import BackendError, DependencyError, InputError, MinilptError
 from .evaluate import evaluate, machine
 from .files import whole, write_whole
 from .golden import export_golden
@@ -42,6 +42,7 @@ from .kernels.cuda.float_kernels import FloatKernels
 from .kernels.cuda.integer_kernels import IntegerKernels
 from .pruning import FILE_NAME
 from .ranges import quantize_model
+from .serving.options import ServeOptions, add_flags
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .truncation import AGGREGATES, MODES
@@ -121,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     _add_model_options(explain)
     explain.set_defaults(run=_explain)
+
+    server = commands.add_parser("serve", help="serve a model over HTTP, as text-embeddings-inference does")
+    server.add_argument("model", nargs="?", default=os.environ.get("MODEL_ID"), metavar="MODEL", help="($MODEL_ID)")
+    server.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    server.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
+    _add_engine_options(server)
+    add_flags(server)
+    server.set_defaults(run=_serve)
 
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
     calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
@@ -393,6 +402,15 @@ def _explain(options: argparse.Namespace) -> None:
         print(f"minilpt: wrote {options.html}", file=sys.stderr)
     else:
         print(json.dumps(found.to_dict(), ensure_ascii=False) if options.format == "json" else found.to_ansi())
+
+
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from .serving.server import serve
+    except ImportError as error:
+        raise DependencyError(f"serving needs {error.name}: pip install 'minilpt[serve]'") from None
+    found = ServeOptions.of(options)
+    serve(_load(options), found, options.model or DEFAULT)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

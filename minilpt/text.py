@@ -123,6 +123,19 @@ class TextEncoder:
         (kept,) = self._kept(encoding, self._own)
         return [Piece(token, part, *place) for token, part, place in (rows[index] for index in kept)]
 
+    def uncut(self, text: str, *, special: bool = True) -> list[tuple[int, Piece]]:
+        """Ids and tokens of the whole text, however long, with its special tokens or without."""
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=special)
+        except (UnicodeEncodeError, TypeError):
+            raise self._blamed([text]) from None
+        rows = zip(found.ids, found.tokens, found.sequence_ids, found.offsets, strict=True)
+        return [(number, Piece(token, part, *place)) for number, token, part, place in rows]
+
+    def cutting(self, side: str) -> TextEncoder:
+        """The same tokenizer, cutting texts that are too long at this side, "left" or "right"."""
+        return TextEncoder(self._tokenizer, self._config, self.max_tokens, side)
+
     def _encode_one(self, text: TextOrPair) -> tokenizers.Encoding:
         return self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)
 

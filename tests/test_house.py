@@ -21,7 +21,18 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    ("config", "cuda_device", "explanation", "files", "kernels", "quantize", "ragged", "threads", "truncation"),
+    (
+        "batching",
+        "config",
+        "cuda_device",
+        "explanation",
+        "files",
+        "kernels",
+        "quantize",
+        "ragged",
+        "threads",
+        "truncation",
+    ),
     ("weights", "pruning", "text", "embeddings"),
     ("backends", "batches", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
@@ -30,7 +41,7 @@ FLOORS = (
     ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("bundling", "calibration", "doctor", "ranges", "golden"),
+    ("bundling", "calibration", "doctor", "ranges", "golden", "serving"),
     ("bundle_entry", "cli", "integrations", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}
@@ -54,8 +65,8 @@ def room_of(path: Path) -> str:
     """The module or package on whose floor a source file lives. Recipes are programs, like the command line."""
     if path.is_relative_to(ROOT / "weights" / "recipes"):
         return "recipes"
-    for name in ("kernels", "weights"):
-        if path.is_relative_to(ROOT / name):
+    for name, room in {"kernels": "kernels", "weights": "weights", "serving": "minilpt/serving"}.items():
+        if path.is_relative_to(ROOT / room):
             return name
     return path.stem
 
