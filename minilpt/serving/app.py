@@ -34,9 +34,11 @@ def _service(request: Request) -> Service:
 def _authorized(
     request: Request, found: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
 ) -> None:
-    """Compares in constant time, so that answers do not tell how much of a guessed key is right."""
+    """Compares bytes (header text is Latin-1) in constant time: answers do not tell how much of a guess is right."""
     wanted = _service(request).options.api_key
-    if wanted is not None and not hmac.compare_digest((found.credentials if found else "").encode(), wanted.encode()):
+    if wanted is not None and not hmac.compare_digest(
+        (found.credentials if found else "").encode("latin-1"), wanted.encode()
+    ):
         raise RefusedError("Unauthorized", "this server wants its API key: Authorization: Bearer KEY")
 
 
@@ -124,7 +126,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     app.include_router(private)
-    main = {"reranker": rerank, "embedding": embed}.get(service.kind, predict)
+    main: Callable[..., Any] = {"reranker": rerank, "embedding": embed}.get(service.kind, predict)
     for path in ("/", "/invocations"):  # as the contract has it for SageMaker and the hosted API
         app.add_api_route(path, main, methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)])
     app.add_exception_handler(RefusedError, _refused)

@@ -42,7 +42,7 @@ class _Server(uvicorn.Server):
 
 def serve(model: Classifier, options: ServeOptions, name: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises InputError if the address cannot be had."""
-    listener = _listener(options.host, options.port)
+    listener = listening(options.host, options.port)
     service = Service(model, options, name)
     config = uvicorn.Config(
         create_app(service),
@@ -61,7 +61,8 @@ def serve(model: Classifier, options: ServeOptions, name: str) -> None:
     _log.info("stopped: %s", service.tally())
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
+    """A socket on which connections wait already. Raises InputError if the address cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
