@@ -45,7 +45,7 @@ def run(model: Classifier, items: Sequence[Tokens | str]) -> list[Result]:
             flops = int(forward.executed_flops[row]), int(forward.dense_flops[row])
             found[index] = Result(forward.logits[row], kept, *flops)
     if texts:
-        vectors = model.embed(list(texts.values()), normalize=False)  # type: ignore[attr-defined]
+        vectors = model.embed(list(texts.values()), normalize=False)
         found |= {index: Result(vector) for index, vector in zip(texts, vectors, strict=True)}
     return [found[index] for index in range(len(items))]
 
