@@ -126,7 +126,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     app.include_router(private)
-    main: Callable[..., Any] = {"reranker": rerank, "embedding": embed}.get(service.kind, predict)
+    routes: dict[str, Any] = {"classifier": predict, "reranker": rerank, "embedding": embed}
     for path in ("/", "/invocations"):  # as the contract has it for SageMaker and the hosted API
         app.add_api_route(
             path, routes[service.kind], methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)]
