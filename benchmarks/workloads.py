@@ -144,7 +144,7 @@ def _tensor(name: str, shape: names.Shape, model: ModelConfig, draw: np.random.G
 def write_bundled(folder: Path) -> None:
     """The bundled model as a plain float32 checkpoint, which is what other engines can read."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = resolve.resolve(None)
+    source = resolve.resolve(None).folder
     model = read_config(source)
     stored = names.checkpoint_names(model)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "ltp.json"):
@@ -195,7 +195,9 @@ def counted(folder: Path, path: Path, rows: Sequence[Ids]) -> dict[str, Any]:
 
 def wanted_fractions(model: ModelConfig, rows: Sequence[Ids]) -> list[float]:
     """The share of tokens to keep after each layer, for COUNTED_RATIO over these rows."""
-    results = json.loads((resolve.resolve(None) / "results.json").read_text(encoding="utf-8"))["variants"]["pruned"]
+    results = json.loads((resolve.resolve(None).folder / "results.json").read_text(encoding="utf-8"))["variants"][
+        "pruned"
+    ]
     learned = np.array([1.0, *(kept / results["tokens"] for kept in results["kept_tokens"])])
     depth = np.arange(1, model.layers + 1) / model.layers
     curve = np.interp(depth, np.linspace(0, 1, len(learned)), learned)

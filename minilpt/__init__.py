@@ -5,12 +5,13 @@ Importing this loads NumPy and the standard library only.
 
 from typing import TYPE_CHECKING, Any
 
-from .api import Classifier, Prediction, load
+from .api import Classifier, Prediction
 from .engine import Forward
 from .errors import (
     BackendError,
     CalibrationError,
     DependencyError,
+    HubError,
     InputError,
     MinilptError,
     MinilptWarning,
@@ -21,6 +22,7 @@ from .errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from .loading import load
 
 if TYPE_CHECKING:
     from .calibration import Calibration, calibrate
@@ -36,6 +38,7 @@ __all__ = [
     "Classifier",
     "DependencyError",
     "Forward",
+    "HubError",
     "InputError",
     "MinilptError",
     "MinilptWarning",

@@ -1,4 +1,4 @@
-"""What a user holds: `load()` gives a Classifier, a Classifier gives Predictions."""
+"""What a user holds: a Classifier, which `loading.load` gives, and the Predictions that it gives."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, cuda_device, pruning
+from . import backends, pruning
 from .batches import flattened, in_batches, token_batch
-from .compiled_engine import CompiledEngine
-from .config import ModelConfig, read_config
-from .cuda_engine import CudaEngine, CudaProgram
-from .cuda_float import FloatCudaProgram
-from .cuda_integer import IntegerCudaProgram
+from .config import ModelConfig
 from .embeddings import POOLINGS, Embedding, means, normalized, read_embedding
 from .engine import Engine, Forward
 from .errors import (
@@ -30,16 +26,12 @@ from .errors import (
     UnsupportedModelError,
 )
 from .explanation import Explanation, Token
-from .float_program import FloatProgram
-from .integer_model import load_integer_model
-from .integer_program import IntegerProgram
-from .numpy_engine import NumpyEngine
-from .pruning import KeepRule, Pruning
+from .pruning import Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
 from .truncation import Truncation
 from .weights import checkpoint
-from .weights.resolve import resolve
+from .weights.resolve import Source
 
 Float32 = NDArray[np.float32]
 Item = str | tuple[str, str] | Mapping[str, str]
@@ -79,81 +71,27 @@ class Prediction:
         return asdict(self)
 
 
-def load(
-    name_or_path: str | Path | None = None,
-    *,
-    device: str = "auto",
-    precision: str = "fp32",
-    pruning: str | Path | Mapping[str, Any] | None = "auto",
-    threads: int | None = None,
-) -> Classifier:
-    """Load a sequence classifier from a local folder or by a bundled name (None: the bundled default).
-
-    An encoder without a head, as those of sentence-transformers, loads too; it can `embed`. The folder holds
-    config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids will be classified.
-    pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither; None is dense, a
-    path names another ltp.json, a dict changes single keys of the folder's. device: "cpu", "cuda", or "auto", a GPU
-    where CuPy finds a usable one. precision: "fp32", "fp16" (GPU), "int8" (CPU), or "ibert", integers from the first
-    table to the logits, for a folder that `minilpt quantize` wrote or a checkpoint trained with I-BERT
-    ("ibert-float-head": but for the head, as I-BERT; CPU). threads: of the compiled kernels, by default one for each
-    usable core; on NumPy they are BLAS's, set for the whole process if given.
-
-    Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
-    missing tokenizer is an error only when texts are asked for.
-    """
-    backend = backends.choose(device, precision, threads)
-    folder = resolve(name_or_path)
-    config = read_config(folder)
-    chosen = pruning_of(folder, config, pruning)
-    engine = _engine(folder, config, chosen.rule if chosen else None, backend)
-    try:
-        encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(folder, config)
-    except (TokenizerError, DependencyError) as error:
-        encoder = error  # raised when texts are asked for
-    return Classifier(folder, config, engine, chosen, encoder)
-
-
-def _engine(folder: Path, config: ModelConfig, rule: KeepRule | None, backend: backends.Backend) -> Engine:
-    """The weights, ready to run as the backend says."""
-    integers = backend.precision in backends.INTEGER_PRECISIONS
-    if integers and not config.labels:
-        raise _no_embeddings_in(backend)
-    if config.quant_mode and not integers:
-        raise UnsupportedModelError(
-            f"{folder / 'config.json'}: quant_mode is true: these weights are for integers; load them with "
-            f'precision="ibert", and take the float model for everything else'
-        )
-    if backend.name == "cuda":
-        device = cuda_device.find()
-        program: CudaProgram
-        if integers:
-            program = IntegerCudaProgram(config, load_integer_model(folder, config), device)
-        else:
-            program = FloatCudaProgram(config, checkpoint.load_weights(folder, config), backend.precision, device)
-        return CudaEngine(config, program, rule, backend, device)
-    if integers:
-        head = backend.precision == "ibert-float-head"
-        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
-    if backend.name == "numpy":
-        return NumpyEngine(config, checkpoint.load_weights(folder, config), rule, backend)
-    stored = FloatProgram.as_stored(config, backend.precision)
-    weights = checkpoint.load_weights(folder, config, stored)
-    return CompiledEngine(config, FloatProgram(config, weights, int8=backend.precision == "int8"), rule, backend)
-
-
 class Classifier:
-    """A loaded model. Immutable, so that threads may share it."""
+    """A loaded model. Immutable, so that threads may share it.
+
+    source: where its files are and come from: `folder`, and for a hub's model `repository` and `commit`.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        source: Source,
         config: ModelConfig,
         engine: Engine,
         pruning: Pruning | None,
         encoder: TextEncoder | TokenizerError | DependencyError,
     ):
-        self.folder, self.config, self.pruning = folder, config, pruning
+        self.source, self.config, self.pruning = source, config, pruning
         self._engine, self._encoder = engine, encoder
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json and the weights are."""
+        return self.source.folder
 
     @property
     def engine(self) -> Engine:
@@ -185,9 +123,9 @@ class Classifier:
 
         A `Pruning`, as another model of the same shape has it, is taken as it is, and no file is read.
         """
-        chosen = pruning if isinstance(pruning, Pruning) else pruning_of(self.folder, self.config, pruning)
+        chosen = pruning if isinstance(pruning, Pruning) else pruning_of(self.source, self.config, pruning)
         engine = self._engine.with_rule(chosen.rule if chosen else None)
-        return Classifier(self.folder, self.config, engine, chosen, self._encoder)
+        return Classifier(self.source, self.config, engine, chosen, self._encoder)
 
     def with_flops_ratio(self, flops_ratio: float) -> Classifier:
         """The same weights at another point of the frontier that ltp.json holds; see `predict`."""
@@ -284,7 +222,7 @@ class Classifier:
         if pooling is not None and pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, found {pooling!r}")
         if self.backend.precision in backends.INTEGER_PRECISIONS:
-            raise _no_embeddings_in(self.backend)
+            raise no_embeddings_in(self.backend)
         stated = read_embedding(self.folder) if pooling is None else Embedding(pooling)
         first_only = stated.pooling == "cls"  # whose mean is that row itself
         cut = Truncation(truncation, stride, aggregate)
@@ -440,31 +378,33 @@ class Classifier:
         )
 
 
-def _no_embeddings_in(backend: backends.Backend) -> BackendError:
+def no_embeddings_in(backend: backends.Backend) -> BackendError:
     return BackendError(
         f'precision "{backend.precision}" is for classifiers: it has no embeddings; take "fp32" or "int8"'
     )
 
 
-def pruning_of(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
-    """The pruning that `load(pruning=wanted)` means for this folder."""
+def pruning_of(source: Source, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
+    """The pruning that `load(pruning=wanted)` means for this model."""
     if wanted is None:
         return None
     if isinstance(wanted, Mapping):
         return pruning.overridden(
-            _stored_pruning(folder, config, warn="score_denominator" not in wanted), wanted, config.layers
+            _stored_pruning(source, config, warn="score_denominator" not in wanted), wanted, config.layers
         )
     if wanted == "auto":
-        return _stored_pruning(folder, config, warn=True)
+        return _stored_pruning(source, config, warn=True)
     if isinstance(wanted, (str, Path)):
         return pruning.read_pruning(Path(wanted), config.layers)
     raise PruningError(f'pruning must be "auto", None, a path or a dict, found {wanted!r}')
 
 
-def _stored_pruning(folder: Path, config: ModelConfig, warn: bool) -> Pruning | None:
-    """What ltp.json says, else what an LTP checkpoint carries in config.json and its offsets, else None."""
-    if (folder / pruning.FILE_NAME).is_file():
-        return pruning.read_pruning(folder, config.layers)
+def _stored_pruning(source: Source, config: ModelConfig, warn: bool) -> Pruning | None:
+    """What ltp.json, or a curated name's file, says; else what an LTP checkpoint carries in its files, else None."""
+    folder = source.folder
+    file = source.thresholds or folder / pruning.FILE_NAME
+    if file.is_file():
+        return pruning.read_pruning(file, config.layers)
     if config.ltp is None:
         return None
     if warn and config.ltp.prune_mode == "absolute_threshold":

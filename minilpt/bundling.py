@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
 
-from . import __version__, weights
-from .api import Classifier, load
+from . import __version__, pruning, weights
+from .api import Classifier
 from .errors import BackendError, DependencyError
 from .files import whole_folder
 from .kernels import bundled, compiled, isa
 from .kernels.shared_object import link
+from .loading import load
+from .weights.resolve import Source
 
 RUNGS = ("avx512vnni", "avx2")  # servers since 2019, and since 2013
 CARRIED = ("numpy", "safetensors", "tokenizers", "tqdm")
@@ -46,24 +48,35 @@ OF_A_MODEL = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 SAMPLE = ["The folder answers as this process does.", "Bit for bit, on every rung that this machine can execute."]
 
 
-def bundle(model: str | Path | None, out: Path | str, *, rungs: Sequence[str] = RUNGS, precision: str = "fp32") -> Path:
+def bundle(
+    model: str | Path | None,
+    out: Path | str,
+    *,
+    rungs: Sequence[str] = RUNGS,
+    precision: str = "fp32",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Write the folder `out`, whose `app.py` classifies with this model, and return its path.
 
     rungs: names of `isa.LADDER` that the kernels are compiled for; this machine may lack them. The highest one that a
-    machine can execute is used there. precision: what `app.py` loads the model with. The folder is for this version of
-    Python on this system, and appears only if it gives the same logits as this process, bit for bit.
+    machine can execute is used there. precision: what `app.py` loads the model with. revision, local_files_only: as
+    `load` takes them. The folder is for this version of Python on this system, and appears only if it gives the same
+    logits as this process, bit for bit.
     Raises BackendError where bundling is impossible, InputError if `out` is there, DependencyError, and as `load` does.
     """
-    classifier = load(model, precision=precision, device="cpu")
+    classifier = load(model, revision=revision, local_files_only=local_files_only, precision=precision, device="cpu")
     _check(classifier, rungs)
+    source = classifier.source
     with whole_folder(Path(out)) as folder:
         _copy_packages(folder)
-        _copy_model(classifier.folder, folder / "model")
+        _copy_model(source, folder / "model")
         _write_kernels(folder / "minilpt" / "kernels" / bundled.FOLDER.name, rungs)
         shutil.copyfile(Path(__file__).with_name("bundle_entry.py"), folder / "app.py")
         facts = {
             "minilpt": __version__,
-            "model": classifier.folder.name,
+            "model": source.card.name if source.card else source.repository or source.folder.name,
+            "commit": source.commit,
             "load": {"precision": precision, "device": "cpu"},
             "rungs": list(rungs),
             "python": "{}.{}".format(*sys.version_info),
@@ -129,12 +142,18 @@ def _needed(file: PurePath) -> bool:
     return not unneeded and file.suffix not in UNNEEDED_ENDINGS
 
 
-def _copy_model(source: Path, target: Path) -> None:
-    """The files of a model's folder that loading may read, and what describes them; weights of other formats stay."""
+def _copy_model(source: Source, target: Path) -> None:
+    """The files of a model's folder that loading may read, and what describes them; weights of other formats stay.
+
+    Of a curated name, with its labels and thresholds.
+    """
     target.mkdir()
     for pattern in OF_A_MODEL:
-        for file in source.glob(pattern):
+        for file in source.folder.glob(pattern):
             shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(source.settings(), indent=2) + "\n", encoding="utf-8")
+    if source.thresholds:
+        shutil.copyfile(source.thresholds, target / pruning.FILE_NAME)
 
 
 def _write_kernels(folder: Path, rungs: Sequence[str]) -> None:

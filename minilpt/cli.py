@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, backends, cuda_device, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load, pruning_of
+from .api import BATCH_TOKENS, Classifier, Prediction, pruning_of
 from .batches import progress_bar
 from .bundling import RUNGS, bundle, zipped
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
@@ -40,16 +40,19 @@ from .kernels import compiled, isa
 from .kernels.cuda import Geometry
 from .kernels.cuda.float_kernels import FloatKernels
 from .kernels.cuda.integer_kernels import IntegerKernels
+from .loading import load
 from .pruning import FILE_NAME
 from .ranges import quantize_model
 from .serving.options import ServeOptions, add_flags
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .truncation import AGGREGATES, MODES
-from .weights.resolve import DEFAULT, bundled_names, resolve
+from .weights.cards import curated_names, read_card
+from .weights.resolve import DEFAULT, Source, bundled_names, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
+MODEL_HELP = "a name that minilpt models lists, a folder, or a hub's owner/name"
 Answer = TypeVar("Answer")
 
 
@@ -125,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     server = commands.add_parser("serve", help="serve a model over HTTP, as text-embeddings-inference does")
     server.add_argument("model", nargs="?", default=os.environ.get("MODEL_ID"), metavar="MODEL", help="($MODEL_ID)")
+    _add_hub_options(server)
     server.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     server.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     _add_engine_options(server)
@@ -132,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     server.set_defaults(run=_serve)
 
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
-    calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    calibration.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_hub_options(calibration)
     calibration.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(calibration)
     calibration.add_argument("--flops-ratio", type=float, metavar="R", help="spend this share of the dense FLOPs")
@@ -158,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
 
     quantization = commands.add_parser("quantize", help="write a model's folder for integer-only inference")
-    quantization.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    quantization.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_hub_options(quantization)
     quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -174,19 +180,21 @@ def _parser() -> argparse.ArgumentParser:
 
     golden = commands.add_parser("export-golden", help="write every integer of a model and of its way through texts")
     golden.add_argument("model", metavar="MODEL", help="a folder that minilpt quantize wrote, or trained with I-BERT")
+    _add_hub_options(golden)
     golden.add_argument("texts", nargs="+", metavar="TEXT")
     golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     golden.set_defaults(run=_export_golden, threads=None, precision="ibert", device="cpu")
 
-    commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
+    commands.add_parser("models", help="list the names that minilpt knows").set_defaults(run=_models)
 
     info = commands.add_parser("info", help="show versions, backends and a model's facts, as JSON")
     _add_model_options(info)
     info.set_defaults(run=_info)
 
     bundling = commands.add_parser("bundle", help="write a folder that runs a model without Numba, as in the cloud")
-    bundling.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    bundling.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_hub_options(bundling)
     bundling.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     bundling.add_argument(
         "--isa",
@@ -245,9 +253,15 @@ def _add_progress_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
+    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT})")
+    _add_hub_options(parser)
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     _add_engine_options(parser)
+
+
+def _add_hub_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub's repository (default: main)")
+    parser.add_argument("--local-files-only", action="store_true", help="ask no hub: take what its cache here has")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -266,10 +280,15 @@ def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
 
+def _of_the_hub(options: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": options.revision, "local_files_only": options.local_files_only}
+
+
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
     model = load(
         options.model,
+        **_of_the_hub(options),
         pruning=pruning,
         threads=options.threads,
         precision=options.precision,
@@ -417,6 +436,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     target = _where_to_save(options)
     model = load(
         options.model,
+        **_of_the_hub(options),
         pruning=None,
         threads=options.threads,
         precision=options.precision,
@@ -446,7 +466,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    model = load(options.model, pruning=None, threads=options.threads, device="cpu")
+    model = load(options.model, **_of_the_hub(options), pruning=None, threads=options.threads, device="cpu")
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
@@ -468,16 +488,18 @@ def _export_golden(options: argparse.Namespace) -> None:
 
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
-    folder = resolve(options.model)
+    source = resolve(options.model, **_of_the_hub(options))
     if options.out:
         if not Path(options.out).parent.is_dir():
             options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
     if options.model in bundled_names():
         options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
-    if (folder / FILE_NAME).exists():
-        options.usage_error(f"--out FILE is needed: {folder / FILE_NAME} is there already")
-    return folder
+    if source.repository:
+        options.usage_error(f"--out FILE is needed: {options.model} is a hub's, and its cache is not ours to change")
+    if (source.folder / FILE_NAME).exists():
+        options.usage_error(f"--out FILE is needed: {source.folder / FILE_NAME} is there already")
+    return source.folder
 
 
 def _calibration_table(found: Calibration) -> str:
@@ -500,16 +522,24 @@ def _calibration_table(found: Calibration) -> str:
 
 
 def _models(options: argparse.Namespace) -> None:
-    for name in bundled_names():
-        print(name)
+    table = [[name, "bundled"] for name in bundled_names()]
+    for card in map(read_card, curated_names()):
+        state = "verified" if card.verified else "not verified"
+        table.append([card.name, "curated", f"{card.flops_ratio:.0%}", f"{card.repository} at {card.revision}", state])
+    print("\n".join(_aligned(table)))
+    print(
+        "minilpt: a curated name is a hub's checkpoint; its first use searches thresholds for that share of the FLOPs. "
+        "docs/names.md says what is not verified",
+        file=sys.stderr,
+    )
 
 
 def _info(options: argparse.Namespace) -> None:
     """Looks only: weights are not read and kernels not compiled."""
     backend = backends.choose(options.device, options.precision, options.threads)
-    folder = resolve(options.model)
-    config = read_config(folder)
-    pruning = pruning_of(folder, config, None if options.pruning == "off" else options.pruning)
+    source = resolve(options.model, **_of_the_hub(options))
+    config = source.labelled(read_config(source.folder))
+    pruning = pruning_of(source, config, None if options.pruning == "off" else options.pruning)
     facts: dict[str, Any] = {
         "minilpt": __version__,
         "machine": machine(),
@@ -524,7 +554,10 @@ def _info(options: argparse.Namespace) -> None:
         },
         "bundled": bundled_names(),
         "model": {
-            "folder": str(folder),
+            "folder": str(source.folder),
+            "repository": source.repository,
+            "commit": source.commit,
+            "curated": _curated(source),
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,
@@ -537,6 +570,19 @@ def _info(options: argparse.Namespace) -> None:
         },
     }
     print(json.dumps(facts, indent=2))
+
+
+def _curated(source: Source) -> dict[str, Any] | None:
+    """What stands behind a curated name, and whether its thresholds have been searched."""
+    if source.card is None or source.thresholds is None:
+        return None
+    return {
+        "card": source.card.name,
+        "verified": source.card.verified,
+        "note": source.card.note,
+        "thresholds": str(source.thresholds),
+        "found": source.thresholds.is_file(),
+    }
 
 
 def _compiled() -> dict[str, Any]:
@@ -582,7 +628,8 @@ def _warmup(options: argparse.Namespace) -> None:
 
 
 def _bundle(options: argparse.Namespace) -> None:
-    folder = bundle(options.model, options.out, rungs=options.isa, precision=options.precision)
+    hub = _of_the_hub(options)
+    folder = bundle(options.model, options.out, rungs=options.isa, precision=options.precision, **hub)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"minilpt: wrote {folder}, {size / 1e6:.0f} MB", file=sys.stderr)
     if options.zip:

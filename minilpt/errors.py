@@ -8,7 +8,11 @@ class MinilptError(Exception):
 
 
 class UnknownModelError(MinilptError, LookupError):
-    """A name that is neither a folder nor a bundled model."""
+    """A name that is no folder, no bundled or curated model, and no repository or revision of the hub."""
+
+
+class HubError(MinilptError):
+    """A model of a hub that cannot be had now or here: no access, no network, a broken download, a full disk."""
 
 
 class ModelFileError(MinilptError):

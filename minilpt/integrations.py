@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .api import Classifier, Prediction, load
+from .api import Classifier, Prediction
 from .errors import InputError
+from .loading import load
 from .threads import usable_cores
 
 # Output -> its type. The last two hold a number for each label, in the order of the model's `classes_`.

@@ -25,7 +25,7 @@ from . import backends, ragged, reference
 from .api import Classifier, Item, text_items
 from .batches import progress_bar, token_batch
 from .compiled_engine import CompiledEngine
-from .config import ModelConfig, read_json
+from .config import ModelConfig
 from .errors import CalibrationError, InputError, MinilptWarning, UnsupportedModelError
 from .files import whole_folder
 from .integer_model import check_supported, integer_model
@@ -339,7 +339,7 @@ def _write(
         for name in COPIED:
             if (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, folder / name)
-        config = read_json(model.folder / "config.json")
+        config = model.source.settings()
         if scales.exponents:
             config["quant_mode"] = True
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -380,7 +380,9 @@ def test_explain_writes_text_json_or_a_page(run: Run, folder: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("bundle")
 def test_models_lists_the_bundled_names_and_the_first_is_the_default(run: Run) -> None:
-    assert run("models") == (0, f"{resolve.DEFAULT}\n", "")
+    code, out, err = run("models")
+    assert (code, out.splitlines()[0].split()) == (0, [resolve.DEFAULT, "bundled"])
+    assert err.startswith("minilpt: a curated name is")
     assert run("predict", "good") == run("predict", "--model", resolve.DEFAULT, "good")
     assert run("predict", "good")[0] == 0
 
@@ -450,7 +452,10 @@ def test_eval_prints_a_table_and_a_dense_model_has_one_row(run: Run, folder: Pat
 # What goes wrong.
 
 ERRORS: dict[str, tuple[list[str], str]] = {
-    "no such model": (["predict", "--model", "nowhere", "good"], "'nowhere' is neither a folder nor a bundled model"),
+    "no such model": (
+        ["predict", "--model", "nowhere", "good"],
+        "'nowhere' is neither a folder nor a name that minilpt knows",
+    ),
     "no such file": (["predict", "--model", "MODEL", "--input", "nowhere.csv"], "nowhere.csv: cannot be read"),
     "a folder": (["predict", "--model", "MODEL", "--input", "."], ".: cannot be read"),
     "no column": (["predict", "--model", "MODEL", "--input", "DEV", "--text-column", "x"], "line 2: no column 'x'"),

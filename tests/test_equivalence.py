@@ -31,6 +31,7 @@ from minilpt.float_program import FloatProgram
 from minilpt.numpy_engine import NumpyEngine
 from minilpt.pruning import KeepRule
 from minilpt.weights import checkpoint
+from minilpt.weights.resolve import Source
 
 import checkpoints
 import oracles
@@ -58,7 +59,7 @@ def engines(twin: Twin, rule: KeepRule | None) -> dict[str, Engine]:
 
 
 def forward(twin: Twin, engine: Engine, batch: Batch, *, trace: bool = False) -> Forward:
-    model = minilpt.Classifier(twin.folder, twin.config, engine, None, minilpt.TokenizerError("token ids only"))
+    model = minilpt.Classifier(Source(twin.folder), twin.config, engine, None, minilpt.TokenizerError("token ids only"))
     ids, segments = zip(*batch, strict=True)
     return model.forward(ids, segments, trace=trace)
 

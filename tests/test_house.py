@@ -30,7 +30,10 @@ FLOORS = (
     ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("bundling", "calibration", "doctor", "ranges", "golden", "serving"),
+    ("calibration", "ranges", "golden", "serving"),
+    ("curated",),
+    ("loading",),
+    ("bundling", "doctor"),
     ("bundle_entry", "cli", "integrations", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}

@@ -266,7 +266,7 @@ def first_rows(
     rule = replace(model.pruning.rule, thresholds=model.pruning.rule.thresholds[:depth])  # type: ignore
     engine = minilpt.compiled_engine.CompiledEngine(config, program, rule, model.backend)
     encoder = model._text_encoder()
-    minilpt.Classifier(model.folder, config, engine, model.pruning, encoder).forward(ids, segments)
+    minilpt.Classifier(model.source, config, engine, model.pruning, encoder).forward(ids, segments)
     return np.concatenate(found)
 
 

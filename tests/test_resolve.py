@@ -1,4 +1,4 @@
-"""Names of models: a bundled name, a folder, or an error that lists what there is."""
+"""Names of models: a bundled name, a folder, or an error that lists what there is. Hubs: test_hub."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_a_package_without_models_has_no_names(bundle: Path, monkeypatch: pytest
 
 
 def test_no_name_is_the_default_and_a_name_its_folder(bundle: Path) -> None:
-    assert resolve.resolve(None) == bundle / resolve.DEFAULT
-    assert resolve.resolve("a-second-one") == bundle / "a-second-one"
+    assert resolve.resolve(None) == resolve.Source(bundle / resolve.DEFAULT)
+    assert resolve.resolve("a-second-one") == resolve.Source(bundle / "a-second-one")
     assert minilpt.load().folder == bundle / resolve.DEFAULT
     assert minilpt.load("a-second-one").predict("good")[0].n_tokens == 3
 
@@ -46,20 +46,20 @@ def test_no_name_is_the_default_and_a_name_its_folder(bundle: Path) -> None:
 def test_a_path_is_taken_as_it_is(bundle: Path) -> None:
     other = checkpoints.write(bundle.parent / "other")
     for path in (other, str(other), os.path.relpath(other)):
-        assert resolve.resolve(path).samefile(other)
+        assert resolve.resolve(path).folder.samefile(other)
     assert minilpt.load(str(other)).config.layers == 3
 
 
 def test_a_bundled_name_wins_over_a_folder_of_that_name_and_a_path_object_does_not(bundle: Path) -> None:
     local = checkpoints.write(Path("a-second-one"))
-    assert resolve.resolve("a-second-one") == bundle / "a-second-one"
-    assert resolve.resolve("./a-second-one") == resolve.resolve(Path("a-second-one")) == local
+    assert resolve.resolve("a-second-one").folder == bundle / "a-second-one"
+    assert resolve.resolve("./a-second-one") == resolve.resolve(Path("a-second-one")) == resolve.Source(local)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["no-such-model", "user/model", "a-second-one/", "nul\0", "x" * 5000, "\udcff"],
-    ids=["plain", "hub", "slash", "nul", "long", "surrogate"],
+    ["no-such-model", "a-second-one/", "nul\0", "x" * 5000, "\udcff"],
+    ids=["plain", "slash", "nul", "long", "surrogate"],
 )
 def test_anything_else_is_an_error_that_lists_the_bundled_names(bundle: Path, name: str) -> None:
     with pytest.raises(minilpt.UnknownModelError) as caught:

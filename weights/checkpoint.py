@@ -126,10 +126,19 @@ def read_numbers(folder: Path, family: str, wanted: Iterable[str]) -> dict[str, 
 
 def read_headers(folder: Path) -> list[Stored]:
     """Header entries of all tensors in the folder's checkpoint, sharded or not."""
+    files = weight_files(folder)
+    return _read_header(folder / SINGLE) if files == [SINGLE] else _read_shards(folder, files)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold the weights, which may be missing where an index names them.
+
+    Raises ModelFileError if the folder says of none.
+    """
     if (folder / SINGLE).is_file():
-        return _read_header(folder / SINGLE)
+        return [SINGLE]
     if (folder / INDEX).is_file():
-        return _read_shards(folder)
+        return sorted(set(_weight_map(folder / INDEX).values()))
     for name in PICKLES:
         if (folder / name).exists():
             raise ModelFileError(
@@ -139,15 +148,20 @@ def read_headers(folder: Path) -> list[Stored]:
     raise ModelFileError(f"{folder}: neither {SINGLE} nor {INDEX} is there; a model folder needs one of them")
 
 
-def _read_shards(folder: Path) -> list[Stored]:
-    index_path = folder / INDEX
+def _weight_map(index_path: Path) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
     for shard in sorted(set(weight_map.values())):
         if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
             raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
-    entries = [entry for shard in sorted(set(weight_map.values())) for entry in _read_header(folder / shard)]
+    return weight_map
+
+
+def _read_shards(folder: Path, shards: list[str]) -> list[Stored]:
+    index_path = folder / INDEX
+    weight_map = _weight_map(index_path)
+    entries = [entry for shard in shards for entry in _read_header(folder / shard)]
     found = {entry.name: entry.path.name for entry in entries}
     wrong = sorted(name for name, shard in weight_map.items() if found.get(name) != shard)
     if wrong:

@@ -129,7 +129,7 @@ class Service:
         of_kind = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}}
         return {
             "model_id": self.name,
-            "model_sha": None,
+            "model_sha": model.source.commit,
             "model_dtype": model.backend.precision,
             "served_model_name": self.name,
             "model_type": {self.kind: of_kind if labels else {}},
