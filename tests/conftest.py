@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_server
 import pytest
 from hypothesis import settings
+
+import hub_server
 
 settings.register_profile("minilpt", derandomize=True, deadline=None)
 settings.load_profile("minilpt")

@@ -82,6 +82,11 @@ class HubServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    @property
+    def storage(self) -> str:
+        """Under another name of this machine: clients treat a redirect to another host as one to a storage."""
+        return f"http://localhost:{self.server_address[1]}/storage"
+
     def paths(self, method: str = "GET") -> list[str]:
         """What was asked for, in order."""
         return [request.path for request in self.requests if request.method == method]
@@ -148,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(file, files[file], int(wanted), {"X-Repo-Commit": commit})
         digest = hashlib.sha256(files[file]).hexdigest()
         headers = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(files[file]))}
-        self._send(302, b"", headers | {"Location": f"{self.server.url}/storage/{digest}/{file}"})
+        self._send(302, b"", headers | {"Location": f"{self.server.storage}/{digest}/{file}"})
 
     def _revision(self, repository: Repository, rest: list[str]) -> str:
         """The longest known revision that "resolve/REVISION/FILE" begins with: branches may have slashes."""
@@ -212,7 +217,7 @@ def set_environment(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> No
     """A cache of its own and this hub for the rest of the test, whatever the caller's variables say."""
     for name in [name for name in os.environ if name.upper().startswith(OF_THE_LIBRARY)]:
         monkeypatch.delenv(name)
-    for name, value in {"HF_HOME": str(home), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1"}.items():
+    for name, value in {"HF_HOME": str(home), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1,localhost"}.items():
         monkeypatch.setenv(name, value)
     forget_library()
 

@@ -8,15 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import hub_server
 import pytest
-from hub_server import HubServer, Repository
 from safetensors.numpy import load_file, save_file
 
 import minilpt
 from minilpt.weights.resolve import resolve
 
 import checkpoints
+import hub_server
+from hub_server import HubServer, Repository
 
 NAME = "some-one/a.model_1"
 TEXTS = ["good film", "not bad"]
@@ -132,7 +132,7 @@ def test_what_is_no_model_is_said_to_be_none(repository: Repository, folder: Pat
 def test_a_progress_bar_is_shown(
     repository: Repository, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TQDM_POSITION", "-1")  # as on a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     resolve(NAME)
     assert "model.safetensors: 100%" in capsys.readouterr().err
 
@@ -306,13 +306,12 @@ def test_a_file_that_goes_while_it_is_fetched_is_named(repository: Repository, h
 # Broken downloads: no half-written file is ever used, and the next try goes on.
 
 
-def test_a_truncated_download_is_no_model_and_the_next_load_goes_on(
+def test_a_truncated_download_is_no_model_and_the_next_load_fetches_the_rest(
     repository: Repository, hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # the model is smaller than a usual one
     hub.faults["model.safetensors"] = ["truncated"] * 20
-    with pytest.raises(minilpt.HubError, match="goes on where"):
+    with pytest.raises(minilpt.HubError, match="files that are whole stay"):
         minilpt.load(NAME)
     assert not list(cached(tmp_path).rglob("model.safetensors"))
     with pytest.raises(minilpt.HubError, match="not wholly"):
@@ -320,10 +319,19 @@ def test_a_truncated_download_is_no_model_and_the_next_load_goes_on(
     hub.faults.clear()
     hub.requests.clear()
     assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
-    (request,) = [
-        request for request in hub.requests if request.path.startswith("/storage") and request.method == "GET"
-    ]
-    assert request.bytes_from > 0
+    assert {path.rsplit("/", 1)[-1] for path in hub.paths()[1:]} == {"model.safetensors"}
+
+
+def test_a_download_that_stalls_once_is_resumed(
+    repository: Repository, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    hub_server.forget_library()
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # the model is smaller than most
+    hub.faults["model.safetensors"] = ["stalled"]
+    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
+    begins = [request.bytes_from for request in hub.requests if request.path.startswith("/storage")]
+    assert begins[0] == 0 and begins[-1] > 0
 
 
 def test_a_stalled_download_ends_in_time(

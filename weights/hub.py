@@ -2,7 +2,7 @@
 
 huggingface_hub is imported at the first hub name. It decides where the cache is, which token is sent and how long to
 wait (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT), locks files against other
-processes, goes on with what a broken download left, and gives a file its name when it is whole.
+processes, resumes a download that breaks off, and gives a file its name when it is whole.
 """
 
 from __future__ import annotations
@@ -211,18 +211,18 @@ def _explained(hub: Any, error: BaseException, repository: str, revision: str) -
     if isinstance(error, OSError) and error.errno in FULL:
         return HubError(
             f"{place}: no room in {hub.constants.HF_HUB_CACHE}: {error.strerror}. Free some, or set HF_HUB_CACHE to "
-            f"another disk; loading again goes on where this stopped"
+            f"another disk, and load again: files that are whole stay"
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return HubError(f"{place}: {error.filename} cannot be written: {error.strerror}; set HF_HUB_CACHE to a folder")
     if "Timeout" in kind or "timed out" in str(error).lower():
         return HubError(
-            f"{place}: {at} did not answer in time; load again, and it goes on where this stopped, or set "
+            f"{place}: {at} did not answer in time; load again (files that are whole stay), or set "
             f"HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT to more seconds"
         )
     if status is not None:
         return HubError(f"{place}: {at} answered with status {status}; try again later")
     return HubError(
-        f"{place} cannot be fetched from {at}: {kind}: {str(error) or 'no details'}. Load again, and it goes on where "
-        f"this stopped. {_elsewhere(hub, repository, revision)}"
+        f"{place} cannot be fetched from {at}: {kind}: {str(error) or 'no details'}. Load again: files that are whole "
+        f"stay. {_elsewhere(hub, repository, revision)}"
     )
