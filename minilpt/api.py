@@ -165,7 +165,7 @@ class Classifier:
         """
         cut = Truncation(truncation, stride, aggregate)
         encoded, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)
-        scores = self._activated(result.logits)
+        scores = self.activated(result.logits)
         return [self._prediction(result, index, scores[index], found) for index, found in enumerate(encoded)]
 
     def predict_proba(
@@ -181,7 +181,7 @@ class Classifier:
     ) -> Float32:
         """The scores of every label, (texts, labels) float32, columns as in `classes_`; options as in `predict`."""
         cut = Truncation(truncation, stride, aggregate)
-        return self._activated(self._classified(texts, batch_tokens, progress, flops_ratio, cut)[1].logits)
+        return self.activated(self._classified(texts, batch_tokens, progress, flops_ratio, cut)[1].logits)
 
     def logits(
         self,
@@ -235,6 +235,36 @@ class Classifier:
         vectors = cut.aggregated(vectors, starts)
         wanted = stated.normalize if normalize is None else normalize
         return (normalized(vectors) if wanted else vectors).astype(np.float32)
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score for the query, best first, from a model of one label, as CrossEncoder.rank gives it.
+
+        Each is {"corpus_id": its place in `documents`, "score": as in `predict`}, with return_documents also "text".
+        Of equal scores the earlier document comes first. top_k: how many, all if None.
+        Raises UnsupportedModelError if the model has several labels, InputError for anything but strings.
+        """
+        if len(self.config.labels) != 1:
+            found = ", ".join(self.config.labels) or "none"
+            raise UnsupportedModelError(f"{self.folder}: rank needs a model of one label, this one has {found}")
+        texts = [documents] if isinstance(documents, str) else list(documents)
+        if isinstance(documents, str) or not all(isinstance(text, str) for text in [query, *texts]):
+            raise InputError("rank takes one string, the query, and a list of strings, the documents")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            raise InputError(f"top_k must be a positive integer or None, found {top_k!r}")
+        scores = self.predict_proba([(query, text) for text in texts], batch_tokens=batch_tokens)[:, 0]
+        best = np.argsort(-scores, kind="stable")[:top_k].tolist()
+        shown = [{"text": texts[place]} if return_documents else {} for place in best]
+        return [
+            {"corpus_id": place, "score": float(scores[place]), **text} for place, text in zip(best, shown, strict=True)
+        ]
 
     def forward(
         self,
@@ -348,11 +378,11 @@ class Classifier:
         return encoded, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
 
     def activated(self, logits: Float32) -> Float32:
-        """The scores that `predict` gives for these logits, (B, labels) float32."""
-        return self._activated(logits)
+        """The scores that `predict` gives for these logits, (B, labels) float32.
 
-    def _activated(self, logits: Float32) -> Float32:
-        """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""
+        By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. What a CrossEncoder stores
+        of its activation has become a problem_type in `config`.
+        """
         if self.config.problem_type == "regression":
             return logits
         wide = logits.astype(np.float64)  # no difference of two float32 values overflows, no small score is lost

@@ -144,6 +144,15 @@ LARGEST = 3e38  # of thresholds and the like, which become float32
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+# What a CrossEncoder does to its outputs, as config.json names it -> here. Of several labels, identity is their softmax
+# all the same: scores are probabilities, and the order of the labels is that of the logits.
+CROSS_ENCODER_ACTIVATIONS: Mapping[str, str] = {
+    "torch.nn.Identity": "identity",
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
+
 # prune_mode of the LTP code -> the key of its one parameter.
 LTP_PARAMETERS = {
     "absolute_threshold": "final_token_threshold",
@@ -194,7 +203,7 @@ HARMLESS = frozenset(
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    force_dequant remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    sentence_transformers sbert_ce_default_activation_function force_dequant remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
 
@@ -260,6 +269,7 @@ class _Reader:
             raise self.unsupported(
                 f"{keys['positions']} {sizes['positions']} leaves no position after row {offset - 1}"
             )
+        labels = self._labels()
         return ModelConfig(
             family=family.name,
             model_type=self.model_type,
@@ -272,8 +282,8 @@ class _Reader:
             eps=self._eps(),
             activation=self._activation(),
             head_activation=family.head_activation,
-            labels=self._labels(),
-            problem_type=self._problem_type(),
+            labels=labels,
+            problem_type=self._problem_type(len(labels)),
             ltp=self._ltp_settings(),
             quant_mode=self._quant_mode(),
         )
@@ -344,11 +354,27 @@ class _Reader:
             raise self.unsupported(f"id2label names a label twice: {labels}; give every output its own name")
         return labels
 
-    def _problem_type(self) -> str | None:
+    def _problem_type(self, labels: int) -> str | None:
+        """What config.json says, unless a CrossEncoder's activation, which it also says, means another one."""
         value = self.raw.get("problem_type")
         if value is not None and value not in PROBLEM_TYPES:
             raise self.unsupported(f"problem_type {value!r} is not one of {', '.join(PROBLEM_TYPES)}")
+        activation = self._cross_encoder_activation()
+        if activation == "identity" and labels == 1:
+            return "regression"
+        if activation == "sigmoid":
+            return None if labels == 1 else "multi_label_classification"
         return value
+
+    def _cross_encoder_activation(self) -> str | None:
+        """The activation of the outputs that sentence-transformers has stored, under the newer key or the older."""
+        settings = self.raw.get("sentence_transformers")
+        newer = settings.get("activation_fn") if isinstance(settings, dict) else None
+        key = "sentence_transformers.activation_fn" if newer is not None else "sbert_ce_default_activation_function"
+        value = self.raw.get(key) if newer is None else newer
+        if value is not None and (not isinstance(value, str) or value not in CROSS_ENCODER_ACTIVATIONS):
+            raise self.unsupported(f"{key} {value!r:.80} is not one of {', '.join(CROSS_ENCODER_ACTIVATIONS)}")
+        return None if value is None else CROSS_ENCODER_ACTIVATIONS[value]
 
     def _quant_mode(self) -> bool:
         """True for weights that are for integers; then nothing may be left in floating point."""

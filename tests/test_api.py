@@ -259,7 +259,7 @@ def test_extreme_logits_give_their_limits_without_a_warning(
         (-100, 0, 1),
     ]
     logits = np.array([row[:labels] for row in extremes], np.float32)
-    found = model._activated(logits)
+    found = model.activated(logits)
     assert found.dtype == np.float32
     for scores, row in zip(found.tolist(), logits.tolist(), strict=True):
         assert scores == pytest.approx(activation(row), rel=1e-6, abs=2**-149)
