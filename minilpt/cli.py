@@ -522,7 +522,7 @@ def _calibration_table(found: Calibration) -> str:
 
 
 def _models(options: argparse.Namespace) -> None:
-    table = [[name, "bundled"] for name in bundled_names()]
+    table = [[name, "bundled", "", "", ""] for name in bundled_names()]
     for card in map(read_card, curated_names()):
         state = "verified" if card.verified else "not verified"
         table.append([card.name, "curated", f"{card.flops_ratio:.0%}", f"{card.repository} at {card.revision}", state])
