@@ -84,7 +84,7 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
         for (int k0 = 0; k0 < n; k0 += TILE) {
             const int keys = min(TILE, n - k0);
             load_rows(head + static_cast<long long>(k0) * 3 * width + width, 3 * width, keys, bias + width + h * d, d, key);
-            __syncthreads();  // queries and keys are there
+            __syncthreads();  // queries and keys are there; whoever added up the scores before is done
             for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, count); ++r)
                 if (lane < keys)
                     scores[r * longest + k0 + lane] = scale * dot(query + r * pitch(d), key + lane * pitch(d), d);
@@ -108,7 +108,6 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
             for (int r = 0; r < count; ++r) total += scores[r * longest + k];  // query after query, whatever `rows` is
             columns[k] = total;
         }
-        __syncthreads();  // before the next queries and their scores take their place
     }
     float* out = out_zhn + (static_cast<long long>(blockIdx.x) * heads + h) * tokens + begin;
     for (int k = threadIdx.x; k < n; k += blockDim.x) out[k] = columns[k];
