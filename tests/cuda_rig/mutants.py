@@ -54,14 +54,15 @@ class Verdict:
     killed: bool
 
 
-def mutants(source: Path) -> Iterator[Mutant]:
+def mutants(source: Path, mutations: Sequence[str] = tuple(MUTATIONS)) -> Iterator[Mutant]:
     """Every mutation in every place of the code, comments, template headers and preprocessor lines left alone."""
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines):
         code = line.split("//")[0]
         if code.lstrip().startswith(("#", "template")):
             continue
-        for mutation, (pattern, replacement) in MUTATIONS.items():
+        for mutation in mutations:
+            pattern, replacement = MUTATIONS[mutation]
             for place in re.finditer(pattern, code):
                 changed = code[: place.start()] + place.expand(replacement) + code[place.end() :]
                 text = "".join([*lines[:number], changed.rstrip() + "\n", *lines[number + 1 :]])
@@ -87,13 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE.cu")
     parser.add_argument("--command", required=True, help="the tests; {stem} becomes the source's name without .cu")
+    parser.add_argument("--only", action="append", choices=MUTATIONS, help="these mutations; default: all")
     parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     verdicts: list[Verdict] = []
     for source in options.sources:
         command = shlex.split(options.command.replace("{stem}", source.stem))
-        for mutant in mutants(source):
+        for mutant in mutants(source, options.only or tuple(MUTATIONS)):
             verdicts.append(judge(mutant, command, options.limit_s))
             last = verdicts[-1]
             if not last.killed:
