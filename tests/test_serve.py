@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,12 @@ from serving import PATIENCE_S, Altered, command, served
 
 import minilpt
 from minilpt import cli
+from minilpt.batching import StoppedError
+from minilpt.serving.contract import PredictRequest
+from minilpt.serving.options import ServeOptions, add_flags
+from minilpt.serving.refusals import RefusedError
+from minilpt.serving.server import listening
+from minilpt.serving.service import Service
 
 import checkpoints
 
@@ -358,14 +367,6 @@ def test_sigterm_under_load_loses_nothing_and_mixes_nothing_up(tmp_path: Path) -
 
 def test_at_the_stop_the_queue_has_the_grace_and_then_an_error(tmp_path: Path) -> None:
     """A batch that does not end within the grace: what waits behind it is answered 503, and the process ends."""
-    import asyncio
-
-    from minilpt.batching import StoppedError
-    from minilpt.serving.contract import PredictRequest
-    from minilpt.serving.options import ServeOptions
-    from minilpt.serving.refusals import RefusedError
-    from minilpt.serving.service import Service
-
     model, began, go = tiny(tmp_path), threading.Event(), threading.Event()
 
     def forward(*tokens: Any) -> Any:
@@ -389,6 +390,25 @@ def test_at_the_stop_the_queue_has_the_grace_and_then_an_error(tmp_path: Path) -
     lost = [found for found in answers if isinstance(found, RefusedError)]
     assert len(lost) == 1 and lost[0].kind == "Unhealthy" and isinstance(lost[0].__cause__, StoppedError)
     assert len([found for found in answers if isinstance(found, tuple)]) == 1
+
+
+def test_connections_send_small_answers_at_once() -> None:
+    """Nagle's algorithm is off, or every answer would wait for the client's delayed acknowledgement."""
+    found = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def scenario() -> None:
+        listener = listening("127.0.0.1", 0)
+        async with await asyncio.start_server(talk, sock=listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(scenario())
+    assert found == [1]
 
 
 @pytest.mark.parametrize(
@@ -416,9 +436,6 @@ def test_a_taken_port_and_a_wrong_variable_are_explained(
 
 
 def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    import argparse
-
-    from minilpt.serving.options import ServeOptions, add_flags
 
     def parsed(*arguments: str) -> ServeOptions:
         parser = argparse.ArgumentParser()
