@@ -193,6 +193,19 @@ def test_threads_share_a_model(folder: Path, on_device: Any) -> None:
         assert [found.logits.tolist() for found in pool.map(model.forward, batches)] == wanted
 
 
+def test_runs_take_streams_that_are_free(folder: Path, on_device: Any) -> None:
+    """CuPy keeps freed memory for its stream: a new stream for each run would fill the card."""
+    model = minilpt.load(folder, device="cuda", pruning=None)
+    for _ in range(3):
+        model.forward(sequences([3]))
+    assert len(model.engine._streams) == 1  # type: ignore[attr-defined]
+
+
+def test_more_sequences_than_a_grid_has_are_refused(folder: Path, on_device: Any) -> None:
+    with pytest.raises(minilpt.InputError, match="a batch has 65536 sequences; the CUDA kernels take 65535"):
+        minilpt.load(folder, device="cuda", pruning=None).forward([[5]] * 65536)
+
+
 def test_a_text_that_does_not_fit_is_refused(tmp_path: Path, on_device: Any) -> None:
     shape = {"num_hidden_layers": 1, "max_position_embeddings": 4000, "hidden_size": 128, "num_attention_heads": 1}
     model = minilpt.load(checkpoints.write(tmp_path, checkpoints.config(**shape)), device="cuda", pruning=None)
