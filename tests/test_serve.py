@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -449,3 +451,9 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytes
     assert parsed("--port", "82", "--auto-truncate") == ServeOptions(port=82, host="0.0.0.0", api_key="k")
     monkeypatch.setenv("HOSTNAME", "container-4711")  # a name, not an address to listen on
     assert parsed().host == ServeOptions().host
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from minilpt.cli import main; sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "serving needs uvicorn: pip install 'minilpt[serve]'" in done.stderr

@@ -127,7 +127,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     app.include_router(private)
-    main: Callable[..., Any] = {"reranker": rerank, "embedding": embed}.get(service.kind, predict)
+    special: dict[str, Callable[..., Any]] = {"reranker": rerank, "embedding": embed}
+    main = special.get(service.kind, predict)
     for path in ("/", "/invocations"):  # as the contract has it for SageMaker and the hosted API
         app.add_api_route(path, main, methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)])
     app.add_exception_handler(RefusedError, _refused)

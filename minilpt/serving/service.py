@@ -147,8 +147,8 @@ class Service:
 
     def tally(self) -> str:
         """What became of the requests for inference that were taken, for the log."""
-        failed = self._taken - self._answered
-        return f"{self._taken} requests taken, {self._answered} answered, {failed} answered with an error"
+        errors = self._taken - self._answered
+        return f"{self._taken} requests taken, {self._answered} answered, {errors} answered with an error"
 
     def close(self) -> None:
         """Stop the engine thread and the tokenizers, when no request is left."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..api import Classifier
 from ..batching import Outcome
 
 Float32 = NDArray[np.float32]
@@ -33,8 +33,11 @@ class Result:
     dense_flops: int = 0
 
 
-def run(model: Classifier, items: Sequence[Tokens | str]) -> list[Result]:
-    """One batch: tokens are classified, plain texts embedded (not normalised). Results in the order of the items."""
+def run(model: Any, items: Sequence[Tokens | str]) -> list[Result]:
+    """One batch: tokens are classified, plain texts embedded (not normalised). Results in the order of the items.
+
+    model: a Classifier, or what has its `forward` and, for texts, an `embed(texts, normalize=)`.
+    """
     found: dict[int, Result] = {}
     tokens = {index: item for index, item in enumerate(items) if isinstance(item, Tokens)}
     texts = {index: item for index, item in enumerate(items) if isinstance(item, str)}
@@ -45,7 +48,7 @@ def run(model: Classifier, items: Sequence[Tokens | str]) -> list[Result]:
             flops = int(forward.executed_flops[row]), int(forward.dense_flops[row])
             found[index] = Result(forward.logits[row], kept, *flops)
     if texts:
-        vectors = model.embed(list(texts.values()), normalize=False)  # type: ignore[attr-defined]
+        vectors = model.embed(list(texts.values()), normalize=False)
         found |= {index: Result(vector) for index, vector in zip(texts, vectors, strict=True)}
     return [found[index] for index in range(len(items))]
 
