@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files
+from .coldstart import LABELS
 from .engines import ENGINES
 
 Rounds = Sequence[Mapping[str, float]]
@@ -111,9 +112,8 @@ def cold_start_table(found: Mapping[str, Any]) -> str:
     for name, runs in found.items():
         if runs["warm"]:
             seconds = [f"{statistics.median(run['seconds'] for run in runs[kind]):.2f}" for kind in ("cold", "warm")]
-            rows.append(
-                [ENGINES[name].label, *seconds, f"{statistics.median(run['peak_mb'] for run in runs['warm']):.0f}"]
-            )
+            label = LABELS[name] if name in LABELS else ENGINES[name].label
+            rows.append([label, *seconds, f"{statistics.median(run['peak_mb'] for run in runs['warm']):.0f}"])
     return table(rows)
 
 

@@ -1,7 +1,8 @@
 """The compiled kernels: an object file for each part, found in the cache or compiled once, and called through ctypes.
 
-Numba is needed to compile only; a process that finds the object file loads neither Numba nor a compiler. Calls release
-the GIL. The operations below have the names and arguments of `minilpt.reference`; the engine calls `run` itself.
+Numba is needed to compile only; a process that finds the object file loads neither Numba nor a compiler, and a bundle's
+shared objects need no LLVM either. Calls release the GIL. The operations below have the names and arguments of
+`minilpt.reference`; the engine calls `run` itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, packing
+from . import blocks, bundled, packing
 from .isa import LANES, Rung, chosen
 
 Float32 = NDArray[np.float32]
@@ -28,7 +29,6 @@ CACHE_VARIABLE = "MINILPT_CACHE_DIR"
 PARTS = ("float", "integer")  # "integer": of integer-only models, which the others never need
 ENTRY = "minilpt_kernels"  # an object file's one function
 ALIGNMENT = 64  # bytes of a cache line and of the widest vector
-DIGEST_BYTES = hashlib.sha256().digest_size
 _ALIVE: list[Any] = []
 # Numba's convention: (result, exception, arguments...) -> status. Ours has no result and raises nothing.
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
@@ -75,24 +75,35 @@ def cache_file(rung: Rung, part: str = "float") -> Path:
     from llvmlite import binding
 
     facts = [rung.name, binding.get_process_triple(), llvmlite.__version__]
-    digest = hashlib.sha256("\n".join(facts).encode())
-    here = Path(__file__).parent
-    for source in sorted(
-        [*here.glob("jit/*.py"), *(here / f"{name}.py" for name in ("blocks", "elementwise", "integer", "isa"))]
-    ):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256("\n".join(facts).encode() + bundled.sources())
     return cache_folder() / f"{part}-{rung.name}-{digest.hexdigest()[:16]}.bin"
+
+
+def kernel_file(part: str) -> Path:
+    """What `entry` loads for the chosen rung: the bundle's file, else the cache's."""
+    return cache_file(chosen(), part) if bundled.rungs() is None else bundled.path(part, chosen().name)
 
 
 def warm_up(part: str = "float") -> Path:
     """Load a part's kernels, compiling them if the cache has none for this rung. Returns the object file's path."""
     entry(part)
-    return cache_file(chosen(), part)
+    return kernel_file(part)
 
 
 @cache
 def entry(part: str) -> Any:
-    """The part's compiled function."""
+    """The part's compiled function. ValueError where a bundle has none that this machine loads."""
+    if bundled.rungs() is None:
+        return _CALL(_linked_here(part))
+    file = bundled.path(part, chosen().name)
+    try:
+        return _CALL((ENTRY, ctypes.CDLL(str(file))))
+    except OSError as error:
+        raise ValueError(f"{file}: the system does not load it: {error}") from None
+
+
+def _linked_here(part: str) -> int:
+    """The address of the object file's function, in memory that LLVM's own linker has filled."""
     from llvmlite import binding
 
     code = _object_file(part)
@@ -103,12 +114,29 @@ def entry(part: str) -> Any:
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ALIVE.append(engine)  # the code lives as long as it
-    return _CALL(engine.get_function_address(ENTRY))
+    return engine.get_function_address(ENTRY)
+
+
+def stored(rung: Rung, part: str) -> bytes | None:
+    """The part's object file for a rung, None where the cache has none."""
+    return _read_whole(cache_file(rung, part))
+
+
+def store(rung: Rung, part: str, code: bytes) -> None:
+    """Put an object file into the cache, or warn that it cannot be kept."""
+    path = cache_file(rung, part)
+    try:
+        _write_whole(path, code)
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent}: compiled kernels cannot be kept here ({error.strerror}), so every process compiles "
+            f"them anew; set {CACHE_VARIABLE} to a folder that can be written",
+            stacklevel=2,
+        )
 
 
 def _object_file(part: str) -> bytes:
-    path = cache_file(chosen(), part)
-    code = _read_whole(path)
+    code = stored(chosen(), part)
     if code is None:
         import logging
 
@@ -118,14 +146,7 @@ def _object_file(part: str) -> bytes:
             "compiling the %s kernels for %s, once for this machine: some 20 seconds", part, chosen().name
         )
         code = build(part)
-        try:
-            _write_whole(path, code)
-        except OSError as error:
-            warnings.warn(
-                f"{path.parent}: compiled kernels cannot be kept here ({error.strerror}), so every process compiles "
-                f"them anew; set {CACHE_VARIABLE} to a folder that can be written",
-                stacklevel=2,
-            )
+        store(chosen(), part, code)
     return code
 
 
@@ -135,7 +156,7 @@ def _read_whole(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    digest, code = content[: bundled.DIGEST_BYTES], content[bundled.DIGEST_BYTES :]
     return code if hashlib.sha256(code).digest() == digest else None
 
 

@@ -1,15 +1,19 @@
 """The ladder of instruction sets: which vector instructions the compiled kernels use on this machine.
 
 `MINILPT_ISA` names a rung and forces it (tests run every rung that a machine can execute); else the highest rung that
-the CPU has is taken. Code is generated for the rung and never for the single machine, so what one machine has compiled
-serves every machine of the rung. At int8 all rungs give the same integers.
+the CPU has is taken, in a bundle the highest of those it holds. Code is generated for the rung and never for the single
+machine, so what one machine has compiled serves every machine of the rung. At int8 all rungs give the same integers.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
+
+from . import bundled
 
 VARIABLE = "MINILPT_ISA"
 LANES = 16  # float32 columns of one vector; LLVM splits it where registers are narrower
@@ -69,23 +73,51 @@ LADDER = (
 )
 
 
+CPUINFO = Path("/proc/cpuinfo")
+# Linux's names of CPU features, where LLVM has others. Both are there only if the system saves their registers, too.
+_LINUX = {"abm": "lzcnt", "bmi1": "bmi", "avx512_vnni": "avx512vnni"}
+
+
+@cache
+def features() -> frozenset[str]:
+    """What this CPU has, by LLVM's names: read from Linux where it tells, which takes a tenth of loading LLVM."""
+    if platform.machine() == "x86_64" and CPUINFO.is_file():
+        flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags"))
+        return frozenset(_LINUX.get(flag, flag) for flag in flags.split(":")[1].split())
+    from llvmlite import binding
+
+    return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
+
+
 @cache
 def usable() -> tuple[Rung, ...]:
     """The rungs that this machine can execute, highest first."""
-    from llvmlite import binding
+    return tuple(rung for rung in LADDER if set(rung.needs) <= features())
 
-    has = {name for name, there in binding.get_host_cpu_features().items() if there}
-    return tuple(rung for rung in LADDER if set(rung.needs) <= has)
+
+_compiling_for: list[Rung] = []
+
+
+def compile_for(name: str) -> None:
+    """From here on this process compiles for a rung that its machine may lack. It must not run what it makes."""
+    _compiling_for[:] = [rung for rung in LADDER if rung.name == name]
+    chosen.cache_clear()
 
 
 @cache
 def chosen() -> Rung:
-    """The rung in use. ValueError if MINILPT_ISA names one that is unknown or that this machine lacks."""
-    wanted = os.environ.get(VARIABLE, "")
-    if not wanted:
-        return usable()[0]
+    """The rung in use. ValueError if MINILPT_ISA names one that is unknown or that cannot be used here."""
+    if _compiling_for:
+        return _compiling_for[0]
+    wanted, held = os.environ.get(VARIABLE, ""), bundled.rungs()
     for rung in usable():
-        if rung.name == wanted:
+        if wanted in ("", rung.name) and (held is None or rung.name in held):
             return rung
     names = ", ".join(rung.name for rung in usable())
+    if held is not None:
+        asked = f" and {VARIABLE} asks for {wanted}" if wanted else ""
+        holds = ", ".join(held) or "no rung of this package's sources"
+        raise ValueError(
+            f"this bundle holds {holds}; this machine can execute {names}{asked}: bundle with another --isa"
+        )
     raise ValueError(f"{VARIABLE}={wanted!r} is not a rung that this machine can execute; it has {names}")

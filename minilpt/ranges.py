@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,16 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, ragged, reference
-from .api import Classifier, Item, progress_bar, text_items
+from .api import Classifier, Item, text_items
+from .batches import progress_bar, token_batch
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_json
 from .errors import CalibrationError, InputError, MinilptWarning, UnsupportedModelError
+from .files import whole_folder
 from .integer_model import check_supported, integer_model
 from .integer_program import IntegerProgram
 from .kernels import NUMPY
 from .kernels.integer import ACTIVATION_BITS
 from .quantize import quantize_rows
-from .ragged import TokenBatch
 from .scales import AGAIN, FILE_NAME, Scales, activation_names, scale_of, write_scales
 from .weights import checkpoint, names
 from .weights.save import save_weights
@@ -94,6 +94,7 @@ def quantize_model(
     no integer form.
     """
     target = Path(out)
+    model.require_head()
     items = text_items(texts)
     return quantize_sequences(model, *model.encode(items), target, by_channel=by_channel, progress=progress)
 
@@ -208,7 +209,7 @@ class _Search:
         if self._engine is None:
             self._engine = CompiledEngine(self.config, program, None, self._backend)
         engine = self._engine = self._engine.with_program(program)
-        return engine.run(_batch(self.config, ids, self.segments[first::2])).logits
+        return engine.run(token_batch(self.config, ids, self.segments[first::2])).logits
 
     def _scales(self, chosen: Mapping[str, Range]) -> Scales:
         scales = {}
@@ -315,15 +316,6 @@ def _logits(config: ModelConfig, weights: Mapping[str, Float32], ids: list[int],
     return reference.head(weights, config, last[0])
 
 
-def _batch(config: ModelConfig, ids: list[list[int]], segments: list[list[int]]) -> TokenBatch:
-    rows = [np.array(row, np.int32) for row in ids]
-    offset = config.position_offset
-    places = [ragged.positions(row, offset=offset, pad_token_id=config.pad_token_id) for row in rows]
-    kinds = np.concatenate([np.array(row, np.int32) for row in segments])
-    bounds = ragged.boundaries([len(row) for row in rows])
-    return TokenBatch(np.concatenate(rows), np.concatenate(places), kinds, bounds)
-
-
 def _readers(norm: str, layers: int) -> list[str]:
     """The matrices that read a LayerNorm's output."""
     if norm.endswith("attention_norm"):
@@ -343,20 +335,13 @@ def _write(
 ) -> None:
     """The folder, made beside its place and then renamed."""
     theirs = names.checkpoint_names(model.config)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
-            folder = Path(room, "model")
-            folder.mkdir()
-            for name in COPIED:
-                if (model.folder / name).is_file():
-                    shutil.copyfile(model.folder / name, folder / name)
-            config = read_json(model.folder / "config.json")
-            if scales.exponents:
-                config["quant_mode"] = True
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_weights(folder, {theirs[name]: tensor for name, tensor in weights.items()}, int8_rows=True)
-            write_scales(folder / FILE_NAME, scales, provenance)
-            folder.rename(target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    with whole_folder(target) as folder:
+        for name in COPIED:
+            if (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, folder / name)
+        config = read_json(model.folder / "config.json")
+        if scales.exponents:
+            config["quant_mode"] = True
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_weights(folder, {theirs[name]: tensor for name, tensor in weights.items()}, int8_rows=True)
+        write_scales(folder / FILE_NAME, scales, provenance)

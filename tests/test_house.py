@@ -21,17 +21,17 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    ("batching", "config", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
-    ("weights", "pruning", "text"),
-    ("backends", "reference", "records", "scales", "integer_rules"),
+    tuple("batching config cuda_device explanation files kernels quantize ragged threads truncation".split()),
+    ("weights", "pruning", "text", "embeddings"),
+    ("backends", "batches", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
     ("engine", "integer_reference"),
-    ("numpy_engine", "compiled_engine"),
-    ("float_program", "integer_program"),
+    ("numpy_engine", "compiled_engine", "cuda_engine"),
+    ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("calibration", "ranges", "golden", "serving"),
-    ("cli", "recipes"),
+    ("bundling", "calibration", "doctor", "ranges", "golden", "serving"),
+    ("bundle_entry", "cli", "integrations", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}
 SOURCES = sorted(path for room in ROOMS.values() for path in room.rglob("*.py"))

@@ -53,3 +53,11 @@ def test_a_rung_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch
     with pytest.raises(minilpt.BackendError, match=r"MINILPT_ISA='avx1024' is not a rung .* portable"):
         minilpt.load(folder)
     isa.chosen.cache_clear()
+
+
+def test_linux_and_llvm_agree_on_what_the_cpu_has() -> None:
+    from llvmlite import binding
+
+    named = {name for rung in isa.LADDER for name in rung.needs}
+    llvm = {name for name, there in binding.get_host_cpu_features().items() if there}
+    assert isa.features() & named == llvm & named

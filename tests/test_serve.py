@@ -222,18 +222,22 @@ def test_a_reranker_orders_texts_by_the_sigmoids_of_its_logits(tmp_path: Path) -
     assert raw == [{"index": at, "text": texts[at], "score": float(logits[at])} for at in order]
 
 
-def test_embeddings_are_the_models_or_an_error(model: minilpt.Classifier) -> None:
-    def embed(texts: list[str], normalize: bool) -> np.ndarray:
-        return np.array([[3.0, 4.0 * len(text)] for text in texts], np.float32)
-
-    with served(Altered(model, embed=embed)) as client:
-        assert client.post("/embed", json={"inputs": "a"}).json() == [[pytest.approx(0.6), pytest.approx(0.8)]]
-        plain = client.post("/embed", json={"inputs": ["a", "the"], "normalize": False})
-        assert plain.json() == [[3, 4], [3, 12]]
-        assert "x-compute-tokens" in plain.headers and "x-minilpt-kept-tokens" not in plain.headers
-    if not hasattr(model, "embed"):
-        with served(model) as client:
-            assert error(client.post("/embed", json={"inputs": "a"})) == (424, "Backend")
+def test_embeddings_are_the_models(tmp_path: Path) -> None:
+    """Of an encoder without a head: cut at the side that is asked for, normalised or not, never classified."""
+    checkpoints.write_vocabulary(checkpoints.write(tmp_path, checkpoints.config(architectures=["BertModel"])))
+    model = minilpt.load(tmp_path, threads=1)
+    long = "good " * 38 + "bad " * 38
+    with served(model) as client:
+        found = client.post("/embed", json={"inputs": "good film"})
+        assert (
+            found.json() == model.embed("good film").tolist() == client.post("/", json={"inputs": "good film"}).json()
+        )
+        assert "x-compute-tokens" in found.headers and "x-minilpt-kept-tokens" not in found.headers
+        plain = client.post("/embed", json={"inputs": ["a", long], "normalize": False, "truncation_direction": "Left"})
+        assert plain.json() == model.embed(["a", long], normalize=False, truncation="tail").tolist()
+        for route, body in {"/predict": {"inputs": "a"}, "/explain": {"text": "a"}}.items():
+            assert error(client.post(route, json=body)) == (424, "Backend")
+        assert client.get("/info").json()["model_type"] == {"embedding": {"pooling": "mean"}}
 
 
 @pytest.mark.parametrize(("compat", "total"), [(False, None), (True, 1.0)], ids=["sigmoids", "softmax"])

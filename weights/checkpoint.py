@@ -98,7 +98,8 @@ def load_weights(folder: Path, config: ModelConfig, as_stored: Collection[str] =
     stored = _by_normalised_name(read_headers(folder), config.family)
     wanted = names.checkpoint_names(config)
     shapes = names.expected_shapes(config)
-    _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family)
+    model = f"{config.family} {'classifier' if config.labels else 'encoder'}"
+    _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family, model)
     return Weights(stored, wanted, as_stored)
 
 
@@ -191,11 +192,13 @@ def _by_normalised_name(entries: list[Stored], family: str) -> dict[str, Stored]
     return stored
 
 
-def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, names.Shape], family: str) -> None:
+def _check(
+    folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, names.Shape], family: str, model: str
+) -> None:
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise WeightsError(
-            f"{folder}: {len(missing)} tensors of this {family} classifier are missing: {_listed(missing)}. "
+            f"{folder}: {len(missing)} tensors of this {model} are missing: {_listed(missing)}. "
             f"minilpt never makes up weights: use a checkpoint fine-tuned for sequence classification"
         )
     scales = {name + SCALE_SUFFIX for name in wanted if stored[name].dtype == "I8"}
@@ -203,7 +206,7 @@ def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, name
     unexpected = [stored[name].name for name in extra if not names.is_unused(name, family)]
     if unexpected:
         raise WeightsError(
-            f"{folder}: {len(unexpected)} tensors have no place in this {family} classifier: {_listed(unexpected)}. "
+            f"{folder}: {len(unexpected)} tensors have no place in this {model}: {_listed(unexpected)}. "
             f"Is config.json the right one for these weights?"
         )
     for name, shape in wanted.items():

@@ -127,10 +127,11 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     app.include_router(private)
-    special: dict[str, Callable[..., Any]] = {"reranker": rerank, "embedding": embed}
-    main = special.get(service.kind, predict)
+    routes: dict[str, Any] = {"classifier": predict, "reranker": rerank, "embedding": embed}
     for path in ("/", "/invocations"):  # as the contract has it for SageMaker and the hosted API
-        app.add_api_route(path, main, methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)])
+        app.add_api_route(
+            path, routes[service.kind], methods=["POST"], include_in_schema=False, dependencies=[Depends(_authorized)]
+        )
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _not_understood)
     app.add_exception_handler(HTTPException, _http_error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..api import Classifier
 from ..batching import Outcome
 
 Float32 = NDArray[np.float32]
@@ -24,6 +24,15 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text to be embedded; normalize, truncation: as `Classifier.embed` has them."""
+
+    text: str
+    normalize: bool
+    truncation: str | None
+
+
+@dataclass(frozen=True)
 class Result:
     """values: (labels,) logits or a (D,) embedding; of an embedding the counts are not known."""
 
@@ -33,22 +42,22 @@ class Result:
     dense_flops: int = 0
 
 
-def run(model: Any, items: Sequence[Tokens | str]) -> list[Result]:
-    """One batch: tokens are classified, plain texts embedded (not normalised). Results in the order of the items.
-
-    model: a Classifier, or what has its `forward` and, for texts, an `embed(texts, normalize=)`.
-    """
+def run(model: Classifier, items: Sequence[Tokens | Text]) -> list[Result]:
+    """One batch: tokens are classified, texts embedded. Results in the order of the items."""
     found: dict[int, Result] = {}
     tokens = {index: item for index, item in enumerate(items) if isinstance(item, Tokens)}
-    texts = {index: item for index, item in enumerate(items) if isinstance(item, str)}
     if tokens:
         forward = model.forward([item.ids for item in tokens.values()], [item.segments for item in tokens.values()])
         for row, index in enumerate(tokens):
             kept = tuple(forward.kept_tokens[:, row].tolist())
             flops = int(forward.executed_flops[row]), int(forward.dense_flops[row])
             found[index] = Result(forward.logits[row], kept, *flops)
-    if texts:
-        vectors = model.embed(list(texts.values()), normalize=False)
+    alike: dict[tuple[bool, str | None], dict[int, str]] = {}  # settings -> place and text of each
+    for index, item in enumerate(items):
+        if isinstance(item, Text):
+            alike.setdefault((item.normalize, item.truncation), {})[index] = item.text
+    for (normalize, truncation), texts in alike.items():
+        vectors = model.embed(list(texts.values()), normalize=normalize, truncation=truncation)
         found |= {index: Result(vector) for index, vector in zip(texts, vectors, strict=True)}
     return [found[index] for index in range(len(items))]
 
