@@ -39,10 +39,11 @@ from .ranges import quantize_model
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .truncation import AGGREGATES, MODES
-from .weights.resolve import DEFAULT, bundled_names, resolve
+from .weights.resolve import DEFAULT, bundled_names, is_hub_name, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
+MODEL_HELP = "a bundled name, a folder, or the hub's org/name"
 Answer = TypeVar("Answer")
 
 
@@ -117,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
 
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
-    calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    calibration.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(calibration)
     calibration.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(calibration)
     calibration.add_argument("--flops-ratio", type=float, metavar="R", help="spend this share of the dense FLOPs")
@@ -143,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
 
     quantization = commands.add_parser("quantize", help="write a model's folder for integer-only inference")
-    quantization.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    quantization.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(quantization)
     quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -161,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("model", metavar="MODEL", help="a folder that minilpt quantize wrote, or trained with I-BERT")
     golden.add_argument("texts", nargs="+", metavar="TEXT")
     golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    _add_revision_option(golden)
     golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     golden.set_defaults(run=_export_golden, threads=None, precision="ibert")
 
@@ -211,9 +215,14 @@ def _add_progress_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
+    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT})")
+    _add_revision_option(parser)
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     _add_engine_options(parser)
+
+
+def _add_revision_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit hash of a model on the hub")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -233,7 +242,13 @@ def _count(text: str) -> int:
 
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
-    model = load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=pruning,
+        threads=options.threads,
+        precision=options.precision,
+        revision=options.revision,
+    )
     ratio = getattr(options, "flops_ratio", None)
     return model if ratio is None else model.with_flops_ratio(ratio)
 
@@ -365,7 +380,13 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> int:
     target = _where_to_save(options)
-    model = load(options.model, pruning=None, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=None,
+        threads=options.threads,
+        precision=options.precision,
+        revision=options.revision,
+    )
     with _rows(options) as rows:
         read = list(rows)
     texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in read]
@@ -390,7 +411,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    model = load(options.model, pruning=None, threads=options.threads)
+    model = load(options.model, pruning=None, threads=options.threads, revision=options.revision)
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
@@ -412,11 +433,13 @@ def _export_golden(options: argparse.Namespace) -> None:
 
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
-    folder = resolve(options.model)
     if options.out:
         if not Path(options.out).parent.is_dir():
             options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
+    if is_hub_name(options.model):
+        options.usage_error(f"--out FILE is needed: {options.model} is on the hub")
+    folder = resolve(options.model)
     if options.model in bundled_names():
         options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
     if (folder / FILE_NAME).exists():
@@ -465,6 +488,7 @@ def _info(options: argparse.Namespace) -> None:
         "bundled": bundled_names(),
         "model": {
             "folder": str(model.folder),
+            "commit": model.commit,
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,
