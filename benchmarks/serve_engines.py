@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,21 @@ from minilpt.pruning import dense_flops
 from minilpt.serving.options import ServeOptions
 from minilpt.serving.server import serve
 
-from .engines import ENGINES, padded
+from .engines import padded
 
 
 class OnnxModel:
     """A classifier whose layers ONNX Runtime runs, on padded batches; tokenizer and labels are minilpt's."""
 
-    def __init__(self, folder: Path, threads: int):
+    def __init__(self, folder: Path, threads: int, spinning: bool = True):
         self._model = minilpt.load(folder, pruning=None, threads=threads)
-        self._engine = ENGINES["onnxruntime-fp32"]
-        self._run = self._engine.opened(folder, {}, threads)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        if not spinning:  # its threads wait by spinning, which takes the cores from the server between batches
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(folder / "fused.onnx", options, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -38,7 +44,8 @@ class OnnxModel:
     def forward(self, token_ids: Sequence[list[int]], segment_ids: Sequence[list[int]]) -> Forward:
         """The exported graph takes no segments, so these must be single texts."""
         assert not any(map(any, segment_ids)), "single texts only"
-        logits = np.asarray(self._run(self._engine.prepared(*padded(token_ids))), np.float32)
+        ids, mask = padded(token_ids)
+        (logits,) = self._session.run(None, {"input_ids": ids, "attention_mask": mask})
         config, lengths = self._model.config, np.array([len(row) for row in token_ids], np.int32)
         flops = dense_flops(config, lengths)
         return Forward(logits, np.tile(lengths, (config.layers, 1)), flops, flops)
@@ -49,6 +56,7 @@ MODELS: dict[str, Callable[[Path, int], Any]] = {
     "minilpt-dense": lambda folder, threads: minilpt.load(folder, pruning=None, threads=threads),
     "minilpt-int8": lambda folder, threads: minilpt.load(folder, precision="int8", threads=threads),
     "onnxruntime": OnnxModel,
+    "onnxruntime-idle": partial(OnnxModel, spinning=False),
 }
 
 
