@@ -6,7 +6,7 @@
 // changes no bit.
 //
 // Traffic per head and sequence: d n (2 + n / 64) from the second-level cache, 3 d n + d n' from and to memory. On a T4
-// (65 T dp4a operations a second) 2 n^2 d operations for masses and as many for scores of the context; about 60 integer
+// (some 32 T dp4a operations a second) 2 n^2 d operations for masses and as many for scores of the context; about 60 integer
 // instructions for each i-exp, n^2 and n n' of them, are the limit.
 //
 // Registers on sm_75: 56 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.

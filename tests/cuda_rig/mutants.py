@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 VARIABLE = "CUDA_RIG_MUTANT"
@@ -102,7 +104,10 @@ def main() -> None:
                 print(f"survived: {last.source}:{last.line}, {last.mutation}: {last.after}", file=sys.stderr)
     survivors = [asdict(verdict) for verdict in verdicts if not verdict.killed]
     partial = options.out.with_suffix(".partial")
-    partial.write_text(json.dumps({"mutants": len(verdicts), "survivors": survivors}, indent=2) + "\n")
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    facts = {"date": date.today().isoformat(), "machine": platform.platform(), "compiler": compiler}
+    found = {"mutations": options.only or [*MUTATIONS], "mutants": len(verdicts), "survivors": survivors}
+    partial.write_text(json.dumps(facts | found, indent=2) + "\n")
     os.replace(partial, options.out)
     print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutants were killed")
 
