@@ -99,6 +99,11 @@ class Classifier:
         return self._engine
 
     @property
+    def commit(self) -> str | None:
+        """The commit hash of a model from the hub."""
+        return self.source.commit
+
+    @property
     def classes_(self) -> NDArray[np.str_]:
         """Label names in the order of the outputs, (labels,)."""
         return np.array(self.config.labels)

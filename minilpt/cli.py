@@ -48,11 +48,11 @@ from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .truncation import AGGREGATES, MODES
 from .weights.cards import curated_names, read_card
-from .weights.resolve import DEFAULT, Source, bundled_names, resolve
+from .weights.resolve import DEFAULT, Source, bundled_names, is_hub_name, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
-MODEL_HELP = "a name that minilpt models lists, a folder, or a hub's owner/name"
+MODEL_HELP = "a name that minilpt models lists, a folder, or the hub's org/name"
 Answer = TypeVar("Answer")
 
 
@@ -488,15 +488,15 @@ def _export_golden(options: argparse.Namespace) -> None:
 
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
-    source = resolve(options.model, **_of_the_hub(options))
     if options.out:
         if not Path(options.out).parent.is_dir():
             options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
+    if is_hub_name(options.model) or options.model in curated_names():
+        options.usage_error(f"--out FILE is needed: {options.model} is on the hub")
+    source = resolve(options.model, **_of_the_hub(options))
     if options.model in bundled_names():
         options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
-    if source.repository:
-        options.usage_error(f"--out FILE is needed: {options.model} is a hub's, and its cache is not ours to change")
     if (source.folder / FILE_NAME).exists():
         options.usage_error(f"--out FILE is needed: {source.folder / FILE_NAME} is there already")
     return source.folder

@@ -8,11 +8,11 @@ class MinilptError(Exception):
 
 
 class UnknownModelError(MinilptError, LookupError):
-    """A name that is no folder, no bundled or curated model, and no repository or revision of the hub."""
+    """A name that is neither a folder, a bundled model nor a repository of the hub, or a revision it does not have."""
 
 
 class HubError(MinilptError):
-    """A model of a hub that cannot be had now or here: no access, no network, a broken download, a full disk."""
+    """A hub that refuses access or cannot be reached, or a model wanted offline that was never downloaded."""
 
 
 class ModelFileError(MinilptError):

@@ -19,7 +19,7 @@ from .float_program import FloatProgram
 from .integer_model import load_integer_model
 from .integer_program import IntegerProgram
 from .numpy_engine import NumpyEngine
-from .pruning import KeepRule
+from .pruning import KeepRule, Pruning
 from .text import TextEncoder
 from .weights import checkpoint
 from .weights.resolve import Source, resolve
@@ -39,9 +39,9 @@ def load(
 
     An encoder without a head, as those of sentence-transformers, loads too; it can `embed`. The folder holds
     config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids will be classified.
-    "owner/name" is a repository of the hub if there is no such folder; a curated name (`minilpt models`) is one whose
-    thresholds are searched at its first use and kept. revision: branch, tag or commit of a hub's repository.
-    local_files_only: take what the hub's cache has, and ask no network. docs/names.md has the details.
+    "org/name" is a repository of the hub, unless a folder here has that path: it is downloaded once, into the cache of
+    huggingface_hub. A curated name (`minilpt models`) is one whose thresholds are searched at its first use and kept.
+    revision: branch, tag or commit hash of a repository. local_files_only: take what the cache holds.
     pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither; None is dense, a
     path names another ltp.json, a dict changes single keys of the folder's. device: "cpu", "cuda", or "auto", a GPU
     where CuPy finds a usable one. precision: "fp32", "fp16" (GPU), "int8" (CPU), or "ibert", integers from the first
@@ -61,16 +61,10 @@ def load(
 
         plain = backends.choose(device, "fp32", threads)
         curated.keep_thresholds(source, lambda: _classifier(source, config, None, plain))
-    return _classifier(source, config, pruning, backend)
+    return _classifier(source, config, pruning_of(source, config, pruning), backend)
 
 
-def _classifier(
-    source: Source,
-    config: ModelConfig,
-    pruning: str | Path | Mapping[str, Any] | None,
-    backend: backends.Backend,
-) -> Classifier:
-    chosen = pruning_of(source, config, pruning)
+def _classifier(source: Source, config: ModelConfig, chosen: Pruning | None, backend: backends.Backend) -> Classifier:
     engine = _engine(source.folder, config, chosen.rule if chosen else None, backend)
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(source.folder, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,8 @@ import random
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from minilpt.weights.resolve import bundled_names, resolve
 
 import checkpoints
 import hub_server
-from hub_server import HubServer, Repository
+from hub_server import Hub, Repository
 
 NAME, REPOSITORY = "tiny-ltp-sentiment", "some-one/tiny"
 LABELS = ["negative", "neutral", "positive"]
@@ -51,7 +54,7 @@ CARD = {
 @pytest.mark.parametrize("name", cards.curated_names())
 def test_a_card_says_what_it_must(name: str) -> None:
     card = cards.read_card(name)
-    assert downloads.is_repository(card.repository)
+    assert downloads.NAME.fullmatch(card.repository)
     assert card.revision == "main" or downloads.COMMIT.fullmatch(card.revision)
     assert card.task in ("", *TASKS)
     wanted = TASKS[card.task].labels if card.task else card.labels
@@ -89,6 +92,33 @@ def test_pairs_are_for_tasks_of_pairs() -> None:
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on loopback, and an empty cache, whatever the caller's variables say."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "huggingface_hub"}
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+        monkeypatch.delenv(name)
+    with hub_server.serving() as server:
+        for name, value in {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        forget_library()
+        yield server
+    forget_library()
+    sys.modules.update(before)
+
+
+def forget_library() -> None:
+    """The next import of huggingface_hub reads the environment, as it does once in a process."""
+    if "huggingface_hub.utils" in sys.modules:
+        sys.modules["huggingface_hub.utils"].get_session().close()
+    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    logging.getLogger("huggingface_hub").handlers.clear()  # each import adds one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves sockets to the collector
+        gc.collect()
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for thresholds, with the kernels that are compiled already."""
     compiled.warm_up()
@@ -114,8 +144,9 @@ def deck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def repository(hub: HubServer, deck: Path, cache: Path, tmp_path: Path) -> Repository:
+def repository(hub: Hub, deck: Path, cache: Path, tmp_path: Path) -> Repository:
     """What stands behind the card, on the hub."""
+    hub.repositories[REPOSITORY] = Repository()
     push(hub.repositories[REPOSITORY], tmp_path)
     return hub.repositories[REPOSITORY]
 
@@ -124,7 +155,7 @@ def push(repository: Repository, tmp_path: Path, seed: int = 0, **changes: Any) 
     """A commit with a tiny model of these settings, whose labels are numbered."""
     content = checkpoints.config(id2label={str(n): f"LABEL_{n}" for n in range(3)}) | changes
     folder = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "model", content, seed))
-    return repository.push(hub_server.files_of(folder))
+    return repository.commit(hub_server.files_of(folder))
 
 
 def rewrite(deck: Path, **changes: Any) -> None:
@@ -327,6 +358,7 @@ def test_calibrating_a_hub_s_model_asks_where_to_write(
             cli.main(["calibrate", name, texts, "--flops-ratio", "0.8"])
         assert "--out FILE is needed" in capsys.readouterr().err
     out = str(tmp_path / "found.json")
-    options = ["--input-format", "lines", "--flops-ratio", "0.8", "--local-files-only", "--revision", "main"]
+    options = ["--input-format", "lines", "--flops-ratio", "0.8", "--revision", "main"]
     assert cli.main(["calibrate", REPOSITORY, texts, *options, "--out", out]) == 0
-    assert minilpt.load(REPOSITORY, pruning=out).pruning is not None
+    assert minilpt.load(REPOSITORY, pruning=out, local_files_only=True).pruning is not None
+    assert cli.main(["predict", "--model", REPOSITORY, "--local-files-only", "--pruning", out, "good"]) == 0

@@ -454,7 +454,7 @@ def test_eval_prints_a_table_and_a_dense_model_has_one_row(run: Run, folder: Pat
 ERRORS: dict[str, tuple[list[str], str]] = {
     "no such model": (
         ["predict", "--model", "nowhere", "good"],
-        "'nowhere' is neither a folder nor a name that minilpt knows",
+        "'nowhere' is neither a folder nor a bundled model",
     ),
     "no such file": (["predict", "--model", "MODEL", "--input", "nowhere.csv"], "nowhere.csv: cannot be read"),
     "a folder": (["predict", "--model", "MODEL", "--input", "."], ".: cannot be read"),

@@ -1,397 +1,356 @@
-"""Names of a hub: what is fetched and what is not, revisions, the cache, and what can go wrong on the way."""
+"""Models of a hub, by real requests to a server on loopback, in processes with a cache and an address of their own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 import minilpt
-from minilpt.weights.resolve import resolve
+from minilpt.weights import hub as hub_files
 
 import checkpoints
 import hub_server
-from hub_server import HubServer, Repository
+from hub_server import Hub
 
-NAME = "some-one/a.model_1"
-TEXTS = ["good film", "not bad"]
+PRUNING = {"rule": "threshold", "thresholds": [0.0, 0.17, 0.2], "score_denominator": "initial"}
+# Loads what each line of its input asks for and answers with a line: huggingface_hub reads its environment once.
+PROGRAM = """
+import json, sys, minilpt
+for line in sys.stdin:
+    try:
+        model = minilpt.load(**json.loads(line))
+        answer = {"folder": str(model.folder), "commit": model.commit, "pruned": model.pruning is not None,
+                  "logits": model.logits(["good film"]).tolist()}
+    except minilpt.MinilptError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Worker:
+    """A process with this environment; called with the arguments of `load`, it gives the answer of PROGRAM."""
+
+    def __init__(self, log: Path, **environment: str):
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=kept | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | environment,
+            )
+
+    def __call__(self, name: object, **arguments: object) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps({"name_or_path": str(name), **arguments}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with hub_server.serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with what else such repositories hold; to be read only."""
+    """A tiny pruned checkpoint with a tokenizer, and files beside it that nobody needs."""
     made = checkpoints.write_vocabulary(checkpoints.write(tmp_path_factory.mktemp("hub") / "model"))
-    for name in ("pytorch_model.bin", "tf_model.h5", "rust_model.ot", "README.md", "special_tokens_map.json"):
-        (made / name).write_text("{}")
+    (made / "ltp.json").write_text(json.dumps(PRUNING))
+    (made / "pytorch_model.bin").write_bytes(b"a pickle")
+    (made / "README.md").write_text("# A card")
     (made / "onnx").mkdir()
-    (made / "onnx" / "model.onnx").write_text("no")
+    (made / "onnx" / "model.safetensors").write_bytes(b"of another program")
     return made
 
 
-@pytest.fixture
-def repository(hub: HubServer, folder: Path) -> Repository:
-    """NAME on the hub, with that model on main."""
-    hub.repositories[NAME].push(hub_server.files_of(folder))
-    return hub.repositories[NAME]
+@pytest.fixture(scope="module")
+def files(folder: Path) -> dict[str, bytes]:
+    return hub_server.files_of(folder)
 
 
-def cached(tmp_path: Path) -> Path:
-    return tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}"
+@pytest.fixture(scope="module")
+def start(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+    """Starts a worker with these variables beside the hub's address and a cache of its own."""
+    workers: list[Worker] = []
+
+    def start(**environment: str) -> Worker:
+        home = tmp_path_factory.mktemp("home")
+        workers.append(Worker(home / "log", **{"HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint} | environment))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.close()
 
 
-def logits(model: minilpt.Classifier) -> list[list[float]]:
-    return model.logits(TEXTS).tolist()
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The HF_HOME of `ask`."""
+    return tmp_path_factory.mktemp("main-home")
 
 
-def sharded(folder: Path, target: Path) -> hub_server.Files:
-    """The folder's model in two shards with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    shards = {
-        "model-00001-of-00002.safetensors": sorted(tensors)[::2],
-        "model-00002-of-00002.safetensors": sorted(tensors)[1::2],
-    }
-    target.mkdir()
-    for name, members in shards.items():
-        save_file({member: tensors[member] for member in members}, target / name)
-    index = {"weight_map": {member: name for name, members in shards.items() for member in members}}
-    files = {name: data for name, data in hub_server.files_of(folder).items() if name != "model.safetensors"}
-    return files | hub_server.files_of(target) | {"model.safetensors.index.json": json.dumps(index).encode()}
+@pytest.fixture(scope="module")
+def ask(start: Callable[..., Worker], home: Path) -> Worker:
+    return start(HF_HOME=str(home))
 
 
-# What is fetched.
+@pytest.fixture(scope="module")
+def hasty(start: Callable[..., Worker]) -> Worker:
+    """With little patience."""
+    return start(HF_HUB_ETAG_TIMEOUT="3", HF_HUB_DOWNLOAD_TIMEOUT="3")
 
 
-def test_a_name_gives_the_model_that_its_folder_gives(repository: Repository, folder: Path, tmp_path: Path) -> None:
-    model = minilpt.load(NAME)
-    assert logits(model) == logits(minilpt.load(folder))
-    assert (model.source.repository, model.source.commit) == (NAME, repository.refs["main"])
-    assert model.folder == cached(tmp_path) / "snapshots" / repository.refs["main"]
+def fetched(hub: Hub, name: str) -> set[str]:
+    """The files of a repository that were asked for."""
+    found = (hub_server.FILE.fullmatch(request.split(" ", 1)[1]) for request in hub.requests)
+    return {match[3] for match in found if match and match[1] == name}
 
 
-def test_only_the_files_that_are_read_are_fetched(repository: Repository, hub: HubServer) -> None:
-    folder = minilpt.load(NAME).folder
-    wanted = {"config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == wanted
-    assert {path.rsplit("/", 1)[-1] for path in hub.paths() if not path.startswith("/api")} == wanted
+def touches(hub: Hub, name: str) -> int:
+    """Requests for anything of a repository."""
+    return sum(name in request for request in hub.requests)
 
 
-def test_a_tokenizer_json_makes_the_vocabulary_needless_and_extras_come_along(
-    repository: Repository, folder: Path
+def test_a_model_of_the_hub_is_its_files_loaded(
+    hub: Hub, ask: Worker, home: Path, folder: Path, files: dict[str, bytes]
 ) -> None:
-    extras = dict.fromkeys(("tokenizer.json", "integer.json", "1_Pooling/config.json"), b"{}")
-    repository.push(hub_server.files_of(folder) | extras)
-    found = resolve(NAME).folder
-    names = {path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()}
-    assert names == {"config.json", "tokenizer_config.json", "model.safetensors", *extras}
+    commit = hub.publish("acme/first", files)
+    found = ask("acme/first")
+    assert found["commit"] == commit
+    assert found["folder"] == str(home / "hub" / "models--acme--first" / "snapshots" / commit)
+    assert found["pruned"]
+    assert found["logits"] == minilpt.load(folder).logits(["good film"]).tolist()
+    needed = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "ltp.json"}
+    assert fetched(hub, "acme/first") == needed
+    blobs = [request for request in hub.requests if request.startswith("GET /cdn")]
+    ask("acme/first")
+    assert [request for request in hub.requests if request.startswith("GET /cdn")] == blobs, "downloaded twice"
 
 
-def test_pruning_comes_with_the_repository(repository: Repository, folder: Path) -> None:
-    rule = {"rule": "threshold", "score_denominator": 1, "thresholds": [0.0, 0.9, 0.9]}
-    repository.push(hub_server.files_of(folder) | {"ltp.json": json.dumps(rule).encode()})
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder, pruning=rule))
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    old = hub.publish("acme/two", files, ref="v1")
+    new = hub.publish("acme/two", files | {"config.json": files["config.json"] + b"\n"})
+    assert [ask("acme/two", revision=revision)["commit"] for revision in ("v1", old, None, new)] == [old, old, new, new]
+    before = touches(hub, "acme/two")
+    assert ask("acme/two", revision=old)["commit"] == old
+    assert touches(hub, "acme/two") == before, "a commit in the cache needs no request"
+    assert ask("acme/two", revision="v2")["error"] == "UnknownModelError"
+    assert "no revision 'v2'" in ask("acme/two", revision="v2")["message"]
+    assert "no revision" in ask("acme/two", revision="0" * 40)["message"]
 
 
-def test_shards_are_found_through_their_index(repository: Repository, folder: Path, tmp_path: Path) -> None:
-    repository.push(sharded(folder, tmp_path / "shards"))
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
+def test_a_moved_branch_is_followed(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    for note in (b"\n", b"\n\n"):
+        commit = hub.publish("acme/moving", files | {"config.json": files["config.json"] + note})
+        assert ask("acme/moving")["commit"] == commit
+    assert ask("acme/moving", local_files_only=True)["commit"] == commit
 
 
-def test_an_index_that_names_other_places_is_refused(repository: Repository, folder: Path, tmp_path: Path) -> None:
-    files = sharded(folder, tmp_path / "shards")
-    index = {"weight_map": {"x": "../../other.safetensors"}}
-    repository.push(files | {"model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises(minilpt.ModelFileError, match="not the plain name"):
-        minilpt.load(NAME)
-
-
-def test_pickles_are_not_fetched_and_the_error_says_how_to_convert(
-    repository: Repository, folder: Path, hub: HubServer
-) -> None:
+def test_shards_come_with_their_index(hub: Hub, ask: Worker, folder: Path) -> None:
     files = hub_server.files_of(folder)
-    del files["model.safetensors"]
-    repository.push(files)
-    with pytest.raises(minilpt.ModelFileError, match=r"pickles only \(pytorch_model.bin\).*save_pretrained") as caught:
-        minilpt.load(NAME)
-    assert f"from_pretrained('{NAME}'" in str(caught.value)
-    assert [path for path in hub.paths() if "/resolve/" in path] == []
+    tensors = load(files.pop("model.safetensors"))
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        files[file] = save({name: tensors[name] for name in part})
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.publish("acme/shards", files)
+    assert ask("acme/shards")["logits"] == minilpt.load(folder).logits(["good film"]).tolist()
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_what_is_no_model_is_said_to_be_none(repository: Repository, folder: Path, missing: str) -> None:
-    keep = {"config.json", "model.safetensors", "vocab.txt"} - {missing}
-    repository.push({name: data for name, data in hub_server.files_of(folder).items() if name in keep})
-    with pytest.raises(minilpt.ModelFileError, match=missing.replace(".", r"\.")):
-        minilpt.load(NAME)
+def test_a_renamed_repository_is_found(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    commit = hub.publish("acme/new-name", files)
+    hub.renamed["acme/old-name"] = "acme/new-name"
+    assert ask("acme/old-name")["commit"] == commit
 
 
-def test_a_progress_bar_is_shown(
-    repository: Repository, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    resolve(NAME)
-    assert "model.safetensors: 100%" in capsys.readouterr().err
+def test_a_folder_here_never_touches_the_network(hub: Hub, ask: Worker, folder: Path, files: dict[str, bytes]) -> None:
+    before = len(hub.requests)
+    assert ask(folder)["commit"] is None
+    assert "neither a folder" in ask("./acme/first")["message"]
+    assert "neither a folder" in ask("no-such-name")["message"]
+    assert "a revision is for" in ask(folder, revision="main")["message"]
+    assert len(hub.requests) == before
 
 
-# Revisions and the cache.
-
-
-def test_a_second_load_fetches_nothing_and_a_pinned_commit_asks_nothing(repository: Repository, hub: HubServer) -> None:
-    commit = minilpt.load(NAME).source.commit
-    hub.requests.clear()
-    assert minilpt.load(NAME).source.commit == commit
-    assert [path for path in hub.paths() if not path.startswith("/api/")] == []
-    hub.requests.clear()
-    assert minilpt.load(NAME, revision=commit).source.commit == commit
-    assert hub.requests == []
-
-
-def test_a_branch_a_tag_and_a_commit_are_revisions(repository: Repository, folder: Path, tmp_path: Path) -> None:
-    other = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "other", seed=7))
-    old = repository.refs["main"]
-    new = repository.push(hub_server.files_of(other), "refs/pr/1")
-    repository.refs["v1"] = new
-    for revision in ("refs/pr/1", "v1", new):
-        model = minilpt.load(NAME, revision=revision)
-        assert (model.source.commit, logits(model)) == (new, logits(minilpt.load(other)))
-    assert minilpt.load(NAME, revision=old).source.commit == minilpt.load(NAME).source.commit == old
-
-
-def test_main_that_moves_on_is_followed(repository: Repository, folder: Path, tmp_path: Path) -> None:
-    minilpt.load(NAME)
-    other = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "other", seed=7))
-    commit = repository.push(hub_server.files_of(other))
-    model = minilpt.load(NAME)
-    assert (model.source.commit, logits(model)) == (commit, logits(minilpt.load(other)))
-
-
-@pytest.mark.parametrize("offline", ["argument", "variable"])
-def test_offline_takes_what_the_cache_has(
-    repository: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch, offline: str
-) -> None:
-    before = minilpt.load(NAME)
-    hub.requests.clear()
-    if offline == "variable":
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        hub_server.forget_library()
-    model = minilpt.load(NAME, local_files_only=offline == "argument")
-    assert (model.source, logits(model)) == (before.source, logits(before))
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize("offline", ["argument", "variable"])
-def test_offline_and_never_downloaded_says_what_to_run_where(
-    repository: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: str
-) -> None:
-    if offline == "variable":
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        hub_server.forget_library()
-    with pytest.raises(minilpt.HubError) as caught:
-        minilpt.load(NAME, revision="v1", local_files_only=offline == "argument")
-    message = str(caught.value)
-    assert f"minilpt info --model {NAME} --revision v1" in message
-    assert f"models--{NAME.replace('/', '--')}" in message and str(tmp_path / "hf") in message
-    assert {"argument": "local_files_only", "variable": "HF_HUB_OFFLINE"}[offline] in message
-    assert hub.requests == []
-
-
-def test_a_cache_without_the_weights_is_no_model_when_offline(
-    repository: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's own tries
-    hub.faults["model.safetensors"] = [500] * 20
-    with pytest.raises(minilpt.HubError, match="status 500"):
-        minilpt.load(NAME)
-    with pytest.raises(minilpt.HubError, match="not wholly"):
-        minilpt.load(NAME, revision=repository.refs["main"], local_files_only=True)
-
-
-def test_hf_hub_cache_is_where_files_go(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    hub_server.forget_library()
-    assert minilpt.load(NAME).folder.is_relative_to(tmp_path / "elsewhere")
-
-
-def test_a_hub_out_of_reach_is_a_warning_where_the_cache_has_the_model(repository: Repository, hub: HubServer) -> None:
-    commit = minilpt.load(NAME).source.commit
-    hub.faults["info"] = [503] * 20
-    with pytest.warns(minilpt.MinilptWarning, match=f"status 503.*commit {commit}") as caught:
-        assert minilpt.load(NAME).source.commit == commit
-    assert caught[0].filename == __file__
-
-
-# Local things touch no network.
-
-
-def test_folders_and_bundled_names_ask_no_hub(
-    repository: Repository, hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_wins_over_a_repository_of_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "acme" / "first")
     monkeypatch.chdir(tmp_path)
-    local = checkpoints.write_vocabulary(checkpoints.write(Path(NAME), seed=3))  # of the very name
-    for name in (None, folder, str(folder), NAME, local):
-        minilpt.load(name)
-    assert hub.requests == []
-    assert "huggingface_hub" not in sys.modules
-    with pytest.raises(minilpt.InputError, match="revision 'v1' is for names of the hub"):
-        minilpt.load(folder, revision="v1")
+    assert minilpt.load("acme/first").folder == Path("acme/first")
 
 
-def test_a_path_is_never_a_name(repository: Repository, hub: HubServer) -> None:
-    for path in (
-        Path(NAME),
-        f"./{NAME}",
-        f"/{NAME}",
-        f"~/{NAME}",
-        f"{NAME}/",
-        f"x/{NAME}",
-        "a--b/c",
-        "a/b..c",
-        "a",
-        ".a/b",
-        "ä/b",
-    ):
-        with pytest.raises(minilpt.UnknownModelError, match="neither a folder nor"):
-            minilpt.load(path)
-    assert hub.requests == []
-
-
-def test_without_the_library_the_error_says_what_to_install(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(minilpt.DependencyError, match="pip install huggingface_hub"):
-        minilpt.load(NAME)
-
-
-# Refusals.
-
-
-def test_what_is_not_there_is_unknown(repository: Repository, hub: HubServer) -> None:
-    with pytest.raises(minilpt.UnknownModelError, match=f"'no/such'.*{hub.url}.*HF_TOKEN"):
-        minilpt.load("no/such")
-    with pytest.raises(minilpt.UnknownModelError, match="no branch, tag or commit 'v9'"):
-        minilpt.load(NAME, revision="v9")
-
-
-def test_a_private_repository_needs_its_token(
-    repository: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+def test_offline_the_cache_serves_and_what_it_lacks_is_explained(
+    hub: Hub, ask: Worker, start: Callable[..., Worker], home: Path, files: dict[str, bytes]
 ) -> None:
-    repository.token = "right"
-    with pytest.raises(minilpt.UnknownModelError, match="private, set HF_TOKEN"):
-        minilpt.load(NAME)
-    monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(minilpt.HubError, match="refuses the token"):
-        minilpt.load(NAME)
-    monkeypatch.setenv("HF_TOKEN", "right")
-    assert minilpt.load(NAME).source.commit == repository.refs["main"]
-    assert {request.token for request in hub.requests if request.path.startswith("/storage")} <= {None, "right"}
+    commit = hub.publish("acme/kept", files)
+    hub.publish("acme/never", files)
+    ask("acme/kept")
+    before = len(hub.requests)
+    offline = start(HF_HOME=str(home), HF_HUB_OFFLINE="1")
+    assert offline("acme/kept")["commit"] == commit
+    assert ask("acme/kept", local_files_only=True)["commit"] == commit
+    for answer in (offline("acme/never", revision="v 1"), ask("acme/never", revision="v 1", local_files_only=True)):
+        assert answer["error"] == "HubError"
+        assert "run: minilpt info --model acme/never --revision 'v 1'" in answer["message"]
+        assert str(home / "hub") in answer["message"]
+    assert len(hub.requests) == before
 
 
-def test_a_gated_repository_says_where_to_ask(repository: Repository) -> None:
-    repository.gated = True
-    with pytest.raises(minilpt.HubError, match=r"refuses access \(gated.*HF_TOKEN"):
-        minilpt.load(NAME)
-
-
-def test_a_file_that_goes_while_it_is_fetched_is_named(repository: Repository, hub: HubServer) -> None:
-    hub.faults["vocab.txt"] = [404]
-    with pytest.raises(minilpt.MinilptError, match=NAME):
-        minilpt.load(NAME)
-
-
-# Broken downloads: no half-written file is ever used, and the next try goes on.
-
-
-def test_a_truncated_download_is_no_model_and_the_next_load_fetches_the_rest(
-    repository: Repository, hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_snapshot_with_files_missing_is_not_taken_for_a_model(
+    hub: Hub, ask: Worker, home: Path, files: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    hub.faults["model.safetensors"] = ["truncated"] * 20
-    with pytest.raises(minilpt.HubError, match="files that are whole stay"):
-        minilpt.load(NAME)
-    assert not list(cached(tmp_path).rglob("model.safetensors"))
-    with pytest.raises(minilpt.HubError, match="not wholly"):
-        minilpt.load(NAME, local_files_only=True)
-    hub.faults.clear()
-    hub.requests.clear()
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
-    assert {path.rsplit("/", 1)[-1] for path in hub.paths()[1:]} == {"model.safetensors"}
+    commit = hub.publish("acme/partial", files)
+    ask("acme/partial")
+    (home / "hub" / "models--acme--partial" / "snapshots" / commit / "model.safetensors").unlink()
+    assert "not wholly" in ask("acme/partial", local_files_only=True)["message"]
+    assert ask("acme/partial", revision=commit)["commit"] == commit, "it is fetched again"
 
 
-def test_a_download_that_stalls_once_is_resumed(
-    repository: Repository, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hub_that_fails_leaves_the_cache_in_use(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    commit = hub.publish("acme/shaky", files)
+    ask("acme/shaky")
+    hub.faults["/api/models/acme/shaky"] = ["503"]
+    assert ask("acme/shaky")["commit"] == commit
+    assert not hub.faults["/api/models/acme/shaky"], "the fault was met"
+    assert f"503 Server Error: Service Unavailable for url: {hub.endpoint}/api/models/acme/shaky" in ask.log.read_text()
+    assert f"Taking the commit {commit} from the cache" in ask.log.read_text()
+    hub.faults["/api/models/acme/unlucky"] = ["503"]
+    hub.publish("acme/unlucky", files)
+    answer = ask("acme/unlucky")
+    assert (answer["error"], "503" in answer["message"]) == ("HubError", True)
+
+
+def test_what_is_not_there(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    answer = ask("acme/none")
+    assert answer["error"] == "UnknownModelError"
+    assert "no repository of that name" in answer["message"]
+    assert "HF_TOKEN" in answer["message"]
+    hub.publish("acme/no-config", {"README.md": b"", "model.safetensors": b""})
+    assert ask("acme/no-config")["error"] == "ModelFileError"
+    assert "holds no config.json, so it is no model: README.md, model.safetensors" in ask("acme/no-config")["message"]
+    hub.publish("acme/empty", {})
+    assert "it is empty" in ask("acme/empty")["message"]
+
+
+def test_pickles_are_named_and_never_fetched(hub: Hub, ask: Worker, files: dict[str, bytes]) -> None:
+    hub.publish("acme/pickles", {name: files[name] for name in ("config.json", "pytorch_model.bin")})
+    answer = ask("acme/pickles")
+    assert answer["error"] == "ModelFileError"
+    assert "found only pytorch_model.bin; a pickle can run code" in answer["message"]
+    assert fetched(hub, "acme/pickles") == set()
+
+
+def test_refusals_say_what_the_token_must_be(
+    hub: Hub, ask: Worker, start: Callable[..., Worker], files: dict[str, bytes]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    hub_server.forget_library()
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # the model is smaller than most
-    hub.faults["model.safetensors"] = ["stalled"]
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
-    begins = [request.bytes_from for request in hub.requests if request.path.startswith("/storage")]
-    assert begins[0] == 0 and begins[-1] > 0
+    private, gated = (hub.publish(f"acme/{access}", files, access) for access in ("private", "gated"))
+    assert ask("acme/private")["error"] == "UnknownModelError"
+    assert "if it is private, set HF_TOKEN" in ask("acme/private")["message"]
+    answer = ask("acme/gated")
+    assert answer["error"] == "HubError"
+    assert f"accept its conditions at {hub.endpoint}/acme/gated, then set HF_TOKEN" in answer["message"]
+    trusted = start(HF_TOKEN=hub_server.TOKEN)
+    assert [trusted(f"acme/{access}")["commit"] for access in ("private", "gated")] == [private, gated]
+    answer = start(HF_TOKEN="hf_of_yesterday")("acme/private")
+    assert (answer["error"], "does not accept the token" in answer["message"]) == ("HubError", True)
+    hub.publish("acme/forbidden", files)
+    hub.faults["/api/models/acme/forbidden"] = ["403"]
+    assert "gated or private" in trusted("acme/forbidden")["message"]
 
 
-def test_a_stalled_download_ends_in_time(
-    repository: Repository, hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    hub_server.forget_library()
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    hub.faults["model.safetensors"] = ["stalled"] * 40
-    with pytest.raises(minilpt.HubError, match="HF_HUB_DOWNLOAD_TIMEOUT"):
-        minilpt.load(NAME)
-    assert not list(cached(tmp_path).rglob("model.safetensors"))
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "60")
-    hub_server.forget_library()
-    hub.faults.clear()
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
+def test_a_hub_that_nobody_answers_for(start: Callable[..., Worker]) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        answer = start(HF_ENDPOINT=f"http://127.0.0.1:{taken.getsockname()[1]}")("acme/first")
+    assert answer["error"] == "HubError"
+    assert "acme/first could not be downloaded from http://127.0.0.1" in answer["message"]
 
 
-def test_a_hub_that_stalls_before_it_says_anything(
-    repository: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
-    hub_server.forget_library()
-    hub.faults["info"] = ["stalled"] * 20
-    with pytest.raises(minilpt.HubError, match="HF_HUB_ETAG_TIMEOUT"):
-        minilpt.load(NAME)
+def blob_of(files: dict[str, bytes], name: str) -> str:
+    """The path that a large file is redirected to."""
+    return f"/cdn/{hashlib.sha256(files[name]).hexdigest()}"
 
 
-def test_no_hub_at_all(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port named discard, where nothing listens
-    hub_server.forget_library()
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(minilpt.HubError, match=r"http://127\.0\.0\.1:9.*minilpt info --model") as caught:
-        minilpt.load(NAME)
-    assert "\n" not in str(caught.value)
+def test_a_download_that_breaks_off_is_resumed(hub: Hub, ask: Worker, tmp_path: Path) -> None:
+    files = hub_server.files_of(checkpoints.write_vocabulary(checkpoints.write(tmp_path, seed=5)))
+    hub.publish("acme/broken", files)
+    blob = blob_of(files, "model.safetensors")
+    hub.faults[blob] = ["truncate"] * 10
+    answer = ask("acme/broken")
+    assert answer["error"] == "HubError"
+    assert "Try again: what has arrived is kept" in answer["message"]
+    assert "not wholly" in ask("acme/broken", local_files_only=True)["message"]
+    hub.faults[blob] = []
+    assert ask("acme/broken")["logits"] == minilpt.load(tmp_path).logits(["good film"]).tolist()
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-import minilpt
-try:
-    minilpt.load(sys.argv[1])
-except minilpt.HubError as error:
-    print(error)
-"""
+def test_a_stall_in_the_middle_is_overcome(hub: Hub, hasty: Worker, tmp_path: Path) -> None:
+    files = hub_server.files_of(checkpoints.write_vocabulary(checkpoints.write(tmp_path, seed=6)))
+    hub.publish("acme/stalling", files)
+    hub.faults[blob_of(files, "model.safetensors")] = ["stall"]
+    assert hasty("acme/stalling")["logits"] == minilpt.load(tmp_path).logits(["good film"]).tolist()
 
 
-def test_a_disk_that_is_full_leaves_nothing_that_looks_like_a_file(
-    repository: Repository, hub: HubServer, folder: Path, tmp_path: Path
-) -> None:
-    """Files may not grow beyond 20,000 bytes in this process: what the file system answers is a real refusal."""
-    command = [sys.executable, "-c", LIMITED, NAME, "20000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"{NAME} at main: no room in {tmp_path / 'hf'}"), done.stderr
-    assert not list(cached(tmp_path).rglob("model.safetensors"))
-    assert logits(minilpt.load(NAME)) == logits(minilpt.load(folder))
+def test_a_hub_that_never_answers_is_given_up(hub: Hub, hasty: Worker, files: dict[str, bytes]) -> None:
+    commit = hub.publish("acme/silent", files)
+    hub.faults["/api/models/acme/silent"] = ["silence"]
+    answer = hasty("acme/silent")
+    assert answer["error"] == "HubError"
+    assert "imed out" in answer["message"] or "Timeout" in answer["message"]
+    assert hasty("acme/silent")["commit"] == commit
+    hub.faults["/api/models/acme/silent"] = ["silence"]
+    assert hasty("acme/silent")["commit"] == commit, "the cache serves"
 
 
-def test_a_cache_that_cannot_be_written_is_named(repository: Repository, tmp_path: Path) -> None:
-    (tmp_path / "hf").write_text("a file where a folder should be")
-    with pytest.raises(minilpt.HubError, match="HF_HUB_CACHE"):
-        minilpt.load(NAME)
+def test_info_and_revision_on_the_command_line(hub: Hub, home: Path, files: dict[str, bytes]) -> None:
+    commit = hub.publish("acme/told", files, ref="v1")
+    command = [sys.executable, "-m", "minilpt", "info", "--model", "acme/told", "--revision"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint}
+    done = [subprocess.run([*command, name], capture_output=True, text=True, env=environment) for name in ("v1", "v2")]
+    assert json.loads(done[0].stdout)["model"]["commit"] == commit
+    assert done[1].returncode == 1
+    assert done[1].stderr.startswith("minilpt: error: acme/told on")
+
+
+def test_the_origin_of_a_folder() -> None:
+    commit = "0123456789" * 4
+    inside = Path("/cache/hub/models--acme--a-model/snapshots")
+    assert hub_files.origin(inside / commit) == ("acme/a-model", commit)
+    assert hub_files.origin(inside / "main") is None
+    assert hub_files.origin(Path("/")) is None
+    assert hub_files.origin(Path("/somewhere/else") / commit) is None
+
+
+@pytest.mark.parametrize("name, is_one", [("a/b", True), ("a-b.c/d_e", True), ("a/b/c", False), ("a", False)])
+def test_names_of_repositories(name: str, is_one: bool) -> None:
+    assert bool(hub_files.NAME.fullmatch(name)) == is_one
+
+
+@pytest.mark.parametrize("name", ["a/b.git", "a--b/c", "a..b/c", "/a", "a/", "./a", "a /b", "a/" + "b" * 95, "~/b"])
+def test_paths_and_names_that_the_hub_forbids(name: str) -> None:
+    assert not hub_files.NAME.fullmatch(name)

@@ -126,19 +126,10 @@ def read_numbers(folder: Path, family: str, wanted: Iterable[str]) -> dict[str, 
 
 def read_headers(folder: Path) -> list[Stored]:
     """Header entries of all tensors in the folder's checkpoint, sharded or not."""
-    files = weight_files(folder)
-    return _read_header(folder / SINGLE) if files == [SINGLE] else _read_shards(folder, files)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the weights, which may be missing where an index names them.
-
-    Raises ModelFileError if the folder says of none.
-    """
     if (folder / SINGLE).is_file():
-        return [SINGLE]
+        return _read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
-        return sorted(set(_weight_map(folder / INDEX).values()))
+        return _read_shards(folder)
     for name in PICKLES:
         if (folder / name).exists():
             raise ModelFileError(
@@ -148,25 +139,28 @@ def weight_files(folder: Path) -> list[str]:
     raise ModelFileError(f"{folder}: neither {SINGLE} nor {INDEX} is there; a model folder needs one of them")
 
 
-def _weight_map(index_path: Path) -> dict[str, str]:
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
-    return weight_map
-
-
-def _read_shards(folder: Path, shards: list[str]) -> list[Stored]:
+def _read_shards(folder: Path) -> list[Stored]:
     index_path = folder / INDEX
-    weight_map = _weight_map(index_path)
+    shards = shards_of(index_path)
+    weight_map = read_json(index_path)["weight_map"]
     entries = [entry for shard in shards for entry in _read_header(folder / shard)]
     found = {entry.name: entry.path.name for entry in entries}
     wrong = sorted(name for name, shard in weight_map.items() if found.get(name) != shard)
     if wrong:
         raise ModelFileError(f"{index_path}: not in the shard that weight_map names: {_listed(wrong)}")
     return entries
+
+
+def shards_of(index_path: Path) -> list[str]:
+    """The files that an index names, sorted. Raises ModelFileError for anything but plain names of safetensors."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
+    return shards
 
 
 def _read_header(path: Path) -> list[Stored]:

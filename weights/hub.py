@@ -1,228 +1,160 @@
-"""Models of a hub, in the standard cache of huggingface_hub: only the files that a model is read from are fetched.
+"""Models of a hub: the files that minilpt reads, downloaded once through huggingface_hub into its standard cache.
 
-huggingface_hub is imported at the first hub name. It decides where the cache is, which token is sent and how long to
-wait (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT), locks files against other
-processes, resumes a download that breaks off, and gives a file its name when it is whole.
+Its environment variables hold here too: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the timeouts.
 """
 
 from __future__ import annotations
 
-import errno
+import glob
 import re
-import warnings
-from collections.abc import Collection
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..errors import DependencyError, HubError, MinilptError, MinilptWarning, ModelFileError, UnknownModelError
-from . import checkpoint
+from ..errors import DependencyError, HubError, MinilptError, ModelFileError, UnknownModelError
+from .checkpoint import INDEX, PICKLES, SINGLE, shards_of
 
-# As the hub allows them, but for names without an owner: those cannot be told from a mistyped folder or bundled name.
-_WORD = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
-REPOSITORY = re.compile(f"{_WORD}/{_WORD}", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"
-# What is read if it is there. tokenizer_config.json governs whichever tokenizer is found.
-EXTRAS = (
-    "tokenizer_config.json",
-    "ltp.json",
-    "integer.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
+# Everything else that minilpt reads; weights are chosen apart. No pickle and no code is ever fetched.
+FILES = re.compile(
+    r"""config\.json | ltp\.json | integer\.json
+    | tokenizer\.json | tokenizer_config\.json | special_tokens_map\.json | added_tokens\.json
+    | vocab\.txt | vocab\.json | merges\.txt
+    | modules\.json | config_sentence_transformers\.json | \d+_Pooling/config\.json""",
+    re.VERBOSE,
 )
-TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # the first that is whole is read
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    'python -c "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; '
-    "[X.from_pretrained('{0}', revision='{1}').save_pretrained('FOLDER') for X in (M, T)]\""
-)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Owner and name, as the hub allows them, in at most 96 characters.
+NAME = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))(?!.*\.git$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
-class Snapshot(NamedTuple):
-    """A repository's files at one commit (40 hexadecimal digits)."""
+def snapshot(repository: str, revision: str | None = None, *, local_files_only: bool = False) -> Path:
+    """The folder of one commit in the cache, named by its hash, with all that minilpt reads downloaded.
 
-    folder: Path
-    commit: str
+    revision: a branch, a tag or a commit hash (None: main). What the cache holds of a commit hash is taken without a
+    request; of anything else, with local_files_only or HF_HUB_OFFLINE, or with a warning if the hub does not answer.
 
-
-def is_repository(name: str) -> bool:
-    """Whether this can be the name of a hub's repository, "owner/name"."""
-    return REPOSITORY.fullmatch(name) is not None and ".." not in name and "--" not in name
-
-
-def fetch(repository: str, revision: str | None = None, *, local_files_only: bool = False) -> Snapshot:
-    """The folder of a repository's model at a branch, tag or commit ("main"), downloaded as far as it is not there.
-
-    The hub is asked what a branch or tag is now; a whole model of a full commit hash is taken from the cache unasked.
-    local_files_only, and HF_HUB_OFFLINE: what the cache has, without any request. A hub that cannot be reached is a
-    MinilptWarning where the cache has the model.
-
-    Raises UnknownModelError if there is no such repository or revision, ModelFileError if it has no safetensors,
-    HubError for what may go better another time or elsewhere: no access, no network, a broken download, a full disk.
+    Raises UnknownModelError for a repository or revision that is not there, ModelFileError for one without config.json
+    or safetensors weights, HubError if access is refused, the download fails, or a model that is not in the cache is
+    wanted offline.
     """
-    hub = _library()
-    wanted = revision or "main"
-    cached = _cached(hub, repository, wanted)
-    if cached and COMMIT.fullmatch(wanted) and _tokenizer(_names(cached.folder)):
+    library = _library()
+    offline = local_files_only or library.constants.HF_HUB_OFFLINE
+    cached = _cached(library, repository, revision)
+    if cached and (offline or COMMIT.fullmatch(revision or "")):
         return cached
-    if local_files_only or hub.constants.HF_HUB_OFFLINE:
-        return cached or _never_downloaded(hub, repository, wanted, local_files_only)
-    api = hub.HfApi(library_name="minilpt")
+    if offline:
+        raise HubError(
+            f"{repository}{_at(revision)} is not, or not wholly, in the cache {library.constants.HF_HUB_CACHE}, and "
+            f"nothing may be downloaded (local_files_only or HF_HUB_OFFLINE). Where there is a network, run: "
+            f"{download_command(repository, revision)}; then copy that cache here or point HF_HUB_CACHE to it"
+        )
     try:
-        found = api.model_info(repository, revision=wanted, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-        return _downloaded(api, repository, wanted, found.sha, {sibling.rfilename for sibling in found.siblings})
+        wanted = _wanted(library, repository, revision)
+        patterns = [glob.escape(name) for name in wanted]
+        return Path(library.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except MinilptError:
         raise
-    except Exception as error:  # of requests, of httpx in later versions, of huggingface_hub, of the file system
-        problem = _explained(hub, error, repository, wanted)
-        if not cached or not _out_of_reach(error):
-            raise problem from error
-        message = f"{problem}. Taking what the cache has of {wanted}: commit {cached.commit}"
-        warnings.warn(message, MinilptWarning, stacklevel=4)  # the line that calls load()
+    except Exception as error:  # of huggingface_hub, and of requests or httpx, as its version has it
+        explained = _explained(library, error, repository, revision)
+        if cached is None or isinstance(error, library.errors.RevisionNotFoundError):
+            raise explained from error
+        _warn_of_cached(cached, explained)
         return cached
+
+
+def download_command(repository: str, revision: str | None) -> str:
+    """What to type where there is a network."""
+    words = ["minilpt", "info", "--model", repository, *(["--revision", revision] if revision else [])]
+    return shlex.join(words)
+
+
+def origin(folder: Path) -> tuple[str, str] | None:
+    """(repository, commit hash) of a folder in huggingface_hub's cache; None for any other folder."""
+    models, snapshots, commit = folder.absolute().parts[-3:] if len(folder.absolute().parts) > 3 else ("", "", "")
+    if snapshots != "snapshots" or not models.startswith("models--") or not COMMIT.fullmatch(commit):
+        return None
+    return models.removeprefix("models--").replace("--", "/"), commit
 
 
 def _library() -> Any:
     try:
         import huggingface_hub
-    except ImportError:
-        raise DependencyError(
-            "names of a hub need the huggingface_hub package: pip install huggingface_hub; a folder does not"
-        ) from None
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise DependencyError(f"a model by its hub name needs huggingface_hub: {error}") from None
     return huggingface_hub
 
 
-def _cached(hub: Any, repository: str, revision: str) -> Snapshot | None:
-    """What the cache holds of this revision, if it has the weights and all of them."""
-    config = hub.try_to_load_from_cache(repository, CONFIG, revision=revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
+def _cached(library: Any, repository: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache if config.json and every file of the weights are there."""
     try:
-        whole = all((folder / name).is_file() for name in checkpoint.weight_files(folder))
-    except ModelFileError:
+        folder = Path(library.snapshot_download(repository, revision=revision, local_files_only=True))
+    except library.errors.LocalEntryNotFoundError:
         return None
-    return Snapshot(folder, folder.name) if whole else None
+    weights = [SINGLE]
+    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        weights = shards_of(folder / INDEX)
+    return folder if all((folder / name).is_file() for name in [CONFIG, *weights]) else None
 
 
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def _tokenizer(names: Collection[str]) -> tuple[str, ...]:
-    return next((group for group in TOKENIZERS if set(group) <= set(names)), ())
-
-
-def _downloaded(api: Any, repository: str, revision: str, commit: str, names: set[str]) -> Snapshot:
-    """Weights come last, and after them what `revision` means: a cache that knows the one has the others."""
-
-    def fetched(name: str, at: str = commit) -> Path:
-        return Path(api.hf_hub_download(repository, name, revision=at))
-
-    weights = _weights(repository, revision, names)
-    folder = fetched(CONFIG).parent
-    for name in [*(name for name in EXTRAS if name in names), *_tokenizer(names), weights]:
-        fetched(name)
-    for name in checkpoint.weight_files(folder):  # the shards, where the index is what has been fetched
-        fetched(name)
-    if revision != commit:
-        fetched(CONFIG, revision)
-    return Snapshot(folder, commit)
-
-
-def _weights(repository: str, revision: str, names: set[str]) -> str:
-    """The file, or the index of several, that holds the weights. Raises ModelFileError if there is none to open."""
-    if CONFIG not in names:
-        raise ModelFileError(f"{repository} at {revision} has no {CONFIG}: it is not a model of transformers")
-    for name in (checkpoint.SINGLE, checkpoint.INDEX):
-        if name in names:
-            return name
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if not pickles:
+def _wanted(library: Any, repository: str, revision: str | None) -> list[str]:
+    """The repository's files that minilpt reads. The library itself would wait for this answer without an end."""
+    timeout = library.constants.HF_HUB_ETAG_TIMEOUT
+    info = library.HfApi().model_info(repository, revision=revision, timeout=timeout)
+    there = {file.rfilename for file in info.siblings or []}
+    weights = {SINGLE} if SINGLE in there else {name for name in there if re.fullmatch(r"[^/]+\.safetensors", name)}
+    if CONFIG not in there:
+        raise ModelFileError(f"{repository}{_at(revision)} holds no {CONFIG}, so it is no model: {_listed(there)}")
+    if SINGLE not in there and INDEX not in there:
+        pickles = sorted(there.intersection(PICKLES))
+        found = f"only {', '.join(pickles)}; a pickle can run code, so minilpt never opens one" if pickles else "none"
         raise ModelFileError(
-            f"{repository} at {revision} has neither {checkpoint.SINGLE} nor {checkpoint.INDEX}; a model needs one"
+            f"{repository}{_at(revision)}: weights as {SINGLE} were expected, found {found}. Look for a revision with "
+            f"safetensors (often refs/pr/N), or convert it where torch is installed: load it with transformers and "
+            f"call save_pretrained(FOLDER, safe_serialization=True)"
         )
-    raise ModelFileError(
-        f"{repository} at {revision} has its weights as pickles only ({', '.join(pickles)}). A pickle can run code, so "
-        f"minilpt never opens one. Convert it where torch and transformers are installed, then load the folder: "
-        f"{CONVERT.format(repository, revision)}. Or look whether a pull request there holds {checkpoint.SINGLE}, and "
-        f"give revision='refs/pr/N'"
-    )
+    return sorted({name for name in there if FILES.fullmatch(name)} | weights | ({INDEX} & there))
 
 
-def _never_downloaded(hub: Any, repository: str, revision: str, asked: bool) -> Snapshot:
-    raise HubError(
-        f"{repository} at {revision} is not, or not wholly, in the cache {hub.constants.HF_HUB_CACHE}, and asking the "
-        f"hub is forbidden by {'local_files_only' if asked else 'HF_HUB_OFFLINE'}. "
-        f"{_elsewhere(hub, repository, revision)}"
-    )
-
-
-def _elsewhere(hub: Any, repository: str, revision: str) -> str:
-    option = "" if revision == "main" else f" --revision {revision}"
-    return (
-        f"Where there is a network, run: minilpt info --model {repository}{option}; then copy the folder "
-        f"models--{repository.replace('/', '--')} from that machine's cache to {hub.constants.HF_HUB_CACHE} here"
-    )
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """huggingface_hub wraps what went wrong with a request in an error that tells of the cache."""
-    cause = error.__cause__
-    return cause if type(error).__name__ == "LocalEntryNotFoundError" and cause else error
-
-
-def _out_of_reach(error: BaseException) -> bool:
-    """Whether the hub gave no answer, or one that says nothing about the repository."""
-    error = _cause(error)
-    status = _status(error)
-    if status is None:
-        return not isinstance(error, ValueError) and getattr(error, "errno", None) is None
-    return status >= 500 or status == 429
-
-
-def _explained(hub: Any, error: BaseException, repository: str, revision: str) -> MinilptError:
-    """What an error of the download means for whoever called load()."""
-    error = _cause(error)
-    kind, status, place = type(error).__name__, _status(error), f"{repository} at {revision}"
-    at = hub.constants.ENDPOINT
-    if kind == "RevisionNotFoundError":
-        return UnknownModelError(f"{repository} on {at} has no branch, tag or commit {revision!r}")
-    if kind == "GatedRepoError" or status == 403:
+def _explained(library: Any, error: Exception, repository: str, revision: str | None) -> MinilptError:
+    """What an exception of the library or of the network means."""
+    hub, errors = library.constants.ENDPOINT, library.errors
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UnknownModelError(f"{repository} on {hub} has no revision {revision!r}: see its branches, tags, commits")
+    if isinstance(error, errors.GatedRepoError) or status == 403:
         return HubError(
-            f"{place}: {at} refuses access (gated, or the token lacks rights): ask for access on the repository's "
-            f"page, and set HF_TOKEN to a token that may read it"
+            f"{repository} on {hub} is gated or private: accept its conditions at {hub}/{repository}, then set "
+            f"HF_TOKEN to a token of an account that may read it"
         )
-    if kind == "RepositoryNotFoundError" or status == 404:
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"{hub} does not accept the token given for {repository}: set HF_TOKEN to a valid one, or unset it"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
         return UnknownModelError(
-            f"{repository!r} is not a folder here, and not a repository that {at} shows: check the name; if it is "
-            f"private, set HF_TOKEN to a token that may read it"
+            f"there is no folder {repository} here, and no repository of that name on {hub} that may be read without "
+            f"a token: check the name or, if it is private, set HF_TOKEN"
         )
-    if status == 401:
-        return HubError(f"{place}: {at} refuses the token: set HF_TOKEN to a valid one, or unset it")
-    if isinstance(error, ValueError):
-        return UnknownModelError(f"{place}: {error}")
-    if isinstance(error, OSError) and error.errno in FULL:
-        return HubError(
-            f"{place}: no room in {hub.constants.HF_HUB_CACHE}: {error.strerror}. Free some, or set HF_HUB_CACHE to "
-            f"another disk, and load again: files that are whole stay"
-        )
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return HubError(f"{place}: {error.filename} cannot be written: {error.strerror}; set HF_HUB_CACHE to a folder")
-    if "Timeout" in kind or "timed out" in str(error).lower():
-        return HubError(
-            f"{place}: {at} did not answer in time; load again (files that are whole stay), or set "
-            f"HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT to more seconds"
-        )
-    if status is not None:
-        return HubError(f"{place}: {at} answered with status {status}; try again later")
+    cause = str(error).strip().splitlines() or [""]
     return HubError(
-        f"{place} cannot be fetched from {at}: {kind}: {str(error) or 'no details'}. Load again: files that are whole "
-        f"stay. {_elsewhere(hub, repository, revision)}"
+        f"{repository}{_at(revision)} could not be downloaded from {hub}: {type(error).__name__}: {cause[0]:.300}. "
+        f"Try again: what has arrived is kept. HF_ENDPOINT names another hub, HF_HUB_DOWNLOAD_TIMEOUT allows more time"
     )
+
+
+def _warn_of_cached(cached: Path, explained: MinilptError) -> None:
+    import logging
+
+    logging.getLogger("minilpt").warning("%s. Taking the commit %s from the cache", explained, cached.name)
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision}" if revision else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:8]) or "it is empty"

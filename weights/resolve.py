@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig, read_json
-from ..errors import InputError, UnknownModelError
+from ..errors import UnknownModelError
 from . import hub
 from .cards import Card, curated_names, read_card
 
@@ -18,15 +18,22 @@ DEFAULT = "minilm-l6-ltp-sst2"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are and where they come from.
-
-    repository, commit: of the hub, None for a folder of one's own and for bundled models. card: of a curated name.
-    """
+    """Where a model's files are, and the card of a curated name."""
 
     folder: Path
-    repository: str | None = None
-    commit: str | None = None
     card: Card | None = None
+
+    @property
+    def repository(self) -> str | None:
+        """Of a model in the hub's cache."""
+        found = hub.origin(self.folder)
+        return found and found[0]
+
+    @property
+    def commit(self) -> str | None:
+        """Of a model in the hub's cache."""
+        found = hub.origin(self.folder)
+        return found and found[1]
 
     @property
     def thresholds(self) -> Path | None:
@@ -54,36 +61,37 @@ def bundled_names() -> list[str]:
     return sorted(config.parent.name for config in MODELS.glob("*/config.json"))
 
 
+def is_hub_name(name_or_path: str | Path | None) -> bool:
+    """Whether it is "org/name" and no folder here; a Path is never looked for on the hub."""
+    if not isinstance(name_or_path, str) or not hub.NAME.fullmatch(name_or_path):
+        return False
+    return not os.path.isdir(name_or_path)
+
+
 def resolve(name_or_path: str | Path | None, *, revision: str | None = None, local_files_only: bool = False) -> Source:
     """The model's folder: None is the bundled default; a name of ours wins over a folder of the same name.
 
-    A string that is no folder and reads "owner/name" is a repository of the hub, at `revision`, and so is what stands
-    behind a curated name, at its card's revision unless another is given; both are downloaded if need be, as
-    `hub.fetch` says. Nothing else touches the network.
-    Raises UnknownModelError when it is none of these, InputError for a revision of what has none, and as `hub.fetch`.
+    "org/name" that is no folder here is a repository of the hub, at a revision (None: main), and so is what stands
+    behind a curated name, at its card's revision unless another is given; see `hub.snapshot`, also for local_files_only
+    and the errors it raises. Nothing else touches the network. Raises UnknownModelError for any other name, and for a
+    revision of something that is no repository.
     """
     if isinstance(name_or_path, str) and name_or_path in curated_names():
         card = read_card(name_or_path)
-        found = hub.fetch(card.repository, revision or card.revision, local_files_only=local_files_only)
-        return Source(found.folder, card.repository, found.commit, card)
-    folder = _local(name_or_path)
-    if folder is not None:
-        if revision is not None:
-            raise InputError(f"revision {revision!r} is for names of the hub; {str(folder)!r} is a folder here")
+        at = revision or card.revision
+        return Source(hub.snapshot(card.repository, at, local_files_only=local_files_only), card)
+    if is_hub_name(name_or_path):
+        return Source(hub.snapshot(str(name_or_path), revision, local_files_only=local_files_only))
+    if revision is not None:
+        raise UnknownModelError(f"a revision is for a repository of the hub; {name_or_path!r} is bundled or a path")
+    if name_or_path is None:
+        return Source(MODELS / DEFAULT)
+    if isinstance(name_or_path, str) and name_or_path in bundled_names():
+        return Source(MODELS / name_or_path)
+    folder = Path(name_or_path)
+    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long to be one
         return Source(folder)
-    if isinstance(name_or_path, str) and hub.is_repository(name_or_path):
-        found = hub.fetch(name_or_path, revision, local_files_only=local_files_only)
-        return Source(found.folder, name_or_path, found.commit)
     raise UnknownModelError(
-        f"{str(name_or_path)!r} is neither a folder nor a name that minilpt knows, and not a hub's owner/name; "
+        f"{str(name_or_path)!r} is neither a folder nor a bundled model, nor the org/name of a model on the hub; "
         f"bundled: {', '.join(bundled_names())}; curated: {', '.join(curated_names())}"
     )
-
-
-def _local(name_or_path: str | Path | None) -> Path | None:
-    if name_or_path is None:
-        return MODELS / DEFAULT
-    if isinstance(name_or_path, str) and name_or_path in bundled_names():
-        return MODELS / name_or_path
-    folder = Path(name_or_path)
-    return folder if os.path.isdir(folder) else None  # unlike Path.is_dir, false for a name that is too long to be one
