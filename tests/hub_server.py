@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 TOKEN = "hf_loopback"  # what opens a private or gated repository
 API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
+TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)")  # asked by huggingface_hub 2
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 BLOB = re.compile(r"/cdn/([0-9a-f]{64})")
 
@@ -116,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(int(self.fault))
         elif match := API.fullmatch(path):
             self._model(match[1], match[2] or "main")
+        elif match := TREE.fullmatch(path):
+            self._tree(match[1], match[2])
         elif match := FILE.fullmatch(path):
             self._file(*match.groups())
         elif (match := BLOB.fullmatch(path)) and (content := self.server.blob(match[1])) is not None:
@@ -150,6 +153,16 @@ class _Handler(BaseHTTPRequestHandler):
             record = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "downloads": 0}
             record["siblings"] = [{"rfilename": file} for file in sorted(files)]
             self._content(json.dumps(record).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, name: str, revision: str) -> None:
+        commit = self._commit(name, revision)
+        if commit is not None:
+            files = self.server.repositories[name].commits[commit]
+            rows = [
+                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for file, data in sorted(files.items())
+            ]
+            self._content(json.dumps(rows).encode(), {"Content-Type": "application/json"})
 
     def _file(self, name: str, revision: str, file: str) -> None:
         commit = self._commit(name, revision)

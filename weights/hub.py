@@ -5,6 +5,7 @@ Its environment variables hold here too: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import shlex
@@ -24,6 +25,7 @@ FILES = re.compile(
     | modules\.json | config_sentence_transformers\.json | \d+_Pooling/config\.json""",
     re.VERBOSE,
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, under a limit
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Owner and name, as the hub allows them, in at most 96 characters.
 NAME = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))(?!.*\.git$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
@@ -90,14 +92,14 @@ def _library() -> Any:
 
 def _cached(library: Any, repository: str, revision: str | None) -> Path | None:
     """The snapshot in the cache if config.json and every file of the weights are there."""
-    try:
-        folder = Path(library.snapshot_download(repository, revision=revision, local_files_only=True))
-    except library.errors.LocalEntryNotFoundError:
+    config = library.try_to_load_from_cache(repository, CONFIG, revision=revision)
+    if not isinstance(config, str):
         return None
+    folder = Path(config).parent
     weights = [SINGLE]
     if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         weights = shards_of(folder / INDEX)
-    return folder if all((folder / name).is_file() for name in [CONFIG, *weights]) else None
+    return folder if all((folder / name).is_file() for name in weights) else None
 
 
 def _wanted(library: Any, repository: str, revision: str | None) -> list[str]:
@@ -138,6 +140,11 @@ def _explained(library: Any, error: Exception, repository: str, revision: str | 
         return UnknownModelError(
             f"there is no folder {repository} here, and no repository of that name on {hub} that may be read without "
             f"a token: check the name or, if it is private, set HF_TOKEN"
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        return HubError(
+            f"{repository}{_at(revision)}: no room in {library.constants.HF_HUB_CACHE}: {error.strerror}. Free some, or "
+            f"set HF_HUB_CACHE to a folder on another disk; files that are whole are kept"
         )
     cause = str(error).strip().splitlines() or [""]
     return HubError(
