@@ -37,7 +37,7 @@ def keep_thresholds(source: Source, dense: Callable[[], Classifier]) -> None:
             return
         texts = card.calibration_texts
         _say(
-            "%s: searching thresholds for %s at commit %s on %d bundled texts without labels: some minutes, once",
+            "%s: searching thresholds for %s at commit %s on %d bundled texts without labels, once: it takes minutes",
             *(card.name, card.repository, source.commit[:12], len(texts)),
         )
         progress = sys.stderr.isatty()

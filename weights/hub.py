@@ -143,8 +143,8 @@ def _explained(library: Any, error: Exception, repository: str, revision: str | 
         )
     if isinstance(error, OSError) and error.errno in FULL:
         return HubError(
-            f"{repository}{_at(revision)}: no room in {library.constants.HF_HUB_CACHE}: {error.strerror}. Free some, or "
-            f"set HF_HUB_CACHE to a folder on another disk; files that are whole are kept"
+            f"{repository}{_at(revision)}: no room in {library.constants.HF_HUB_CACHE}: {error.strerror}. Free some, "
+            f"or set HF_HUB_CACHE to a folder on another disk; files that are whole are kept"
         )
     cause = str(error).strip().splitlines() or [""]
     return HubError(
