@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import minilpt
-from minilpt import calibration, cli, curated
+from minilpt import bundling, calibration, cli, curated
 from minilpt.calibration import FEW_TEXTS
 from minilpt.kernels import compiled
 from minilpt.tasks import TASKS
@@ -247,6 +247,16 @@ def test_labels_are_the_card_s(repository: Repository) -> None:
     settings = model.source.settings()
     assert settings["id2label"] == {"0": "negative", "1": "neutral", "2": "positive"}
     assert minilpt.load(REPOSITORY).classes_.tolist() == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_bundle_of_it_is_a_folder_with_its_labels_and_thresholds(repository: Repository, tmp_path: Path) -> None:
+    model = minilpt.load(NAME)
+    bundling._copy_model(model.source, tmp_path / "bundle")
+    alone = minilpt.load(tmp_path / "bundle")
+    assert (alone.source.commit, alone.source.card) == (None, None)
+    assert alone.predict(["good film", "not bad"]) == model.predict(["good film", "not bad"])
+    assert alone.pruning is not None and model.pruning is not None
+    assert alone.pruning.to_json() == model.pruning.to_json()
 
 
 def test_a_problem_type_is_the_card_s(repository: Repository, deck: Path, caplog: pytest.LogCaptureFixture) -> None:

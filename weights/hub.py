@@ -49,8 +49,8 @@ def snapshot(repository: str, revision: str | None = None, *, local_files_only: 
     if offline:
         raise HubError(
             f"{repository}{_at(revision)} is not, or not wholly, in the cache {library.constants.HF_HUB_CACHE}, and "
-            f"nothing may be downloaded (local_files_only or HF_HUB_OFFLINE). Where there is a network, run: "
-            f"{download_command(repository, revision)}; then copy that cache here or point HF_HUB_CACHE to it"
+            f"nothing may be downloaded (local_files_only or HF_HUB_OFFLINE). "
+            f"{_elsewhere(library, repository, revision)}"
         )
     try:
         wanted = _wanted(library, repository, revision)
@@ -64,12 +64,6 @@ def snapshot(repository: str, revision: str | None = None, *, local_files_only: 
             raise explained from error
         _warn_of_cached(cached, explained)
         return cached
-
-
-def download_command(repository: str, revision: str | None) -> str:
-    """What to type where there is a network."""
-    words = ["minilpt", "info", "--model", repository, *(["--revision", revision] if revision else [])]
-    return shlex.join(words)
 
 
 def origin(folder: Path) -> tuple[str, str] | None:
@@ -149,8 +143,16 @@ def _explained(library: Any, error: Exception, repository: str, revision: str | 
     cause = str(error).strip().splitlines() or [""]
     return HubError(
         f"{repository}{_at(revision)} could not be downloaded from {hub}: {type(error).__name__}: {cause[0]:.300}. "
-        f"Try again: what has arrived is kept. HF_ENDPOINT names another hub, HF_HUB_DOWNLOAD_TIMEOUT allows more time"
+        f"Try again: what has arrived is kept. HF_ENDPOINT names another hub, HF_HUB_DOWNLOAD_TIMEOUT gives it longer. "
+        f"{_elsewhere(library, repository, revision)}"
     )
+
+
+def _elsewhere(library: Any, repository: str, revision: str | None) -> str:
+    """What to do where there is a network, for where there is none."""
+    words = ["minilpt", "info", "--model", repository, *(["--revision", revision] if revision else [])]
+    place = Path(library.constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+    return f"Where there is a network, run: {shlex.join(words)}; then copy its cache's {place.name} to {place} here"
 
 
 def _warn_of_cached(cached: Path, explained: MinilptError) -> None:
