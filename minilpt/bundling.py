@@ -111,9 +111,9 @@ def _check(classifier: Classifier, rungs: Sequence[str]) -> None:
 
 
 def _copy_packages(folder: Path) -> None:
-    """minilpt without models and recipes, and CARRIED."""
+    """minilpt without models, cards and recipes, and CARRIED."""
     here = Path(__file__).parent
-    ignored = shutil.ignore_patterns("__pycache__", "models", "recipes")
+    ignored = shutil.ignore_patterns("__pycache__", "cards", "models", "recipes")
     rooms = {"": here, "kernels": Path(compiled.__file__).parent, "weights": Path(weights.__file__).parent}
     for name, room in rooms.items():
         shutil.copytree(room, folder / "minilpt" / name, ignore=ignored, dirs_exist_ok=True)
