@@ -62,6 +62,7 @@ def test_a_card_says_what_it_must(name: str) -> None:
         assert card.task in ("qqp", "sts-b")
     else:
         assert sorted(card.labels) == sorted(wanted)
+    assert card.shape["model_type"] in ("bert", "roberta", "xlm-roberta")  # whose first use is tried below
     assert set(card.shape) == {"model_type", "layers", "heads", "width", "inner"}
     assert 0.3 < card.flops_ratio < 1
     assert card.note.startswith("Not checked against the hub") != card.verified
@@ -151,9 +152,9 @@ def repository(hub: Hub, deck: Path, cache: Path, tmp_path: Path) -> Repository:
     return hub.repositories[REPOSITORY]
 
 
-def push(repository: Repository, tmp_path: Path, seed: int = 0, **changes: Any) -> str:
+def push(repository: Repository, tmp_path: Path, seed: int = 0, model_type: str = "bert", **changes: Any) -> str:
     """A commit with a tiny model of these settings, whose labels are numbered."""
-    content = checkpoints.config(id2label={str(n): f"LABEL_{n}" for n in range(3)}) | changes
+    content = checkpoints.config(model_type, id2label={str(n): f"LABEL_{n}" for n in range(3)}) | changes
     folder = checkpoints.write_vocabulary(checkpoints.write(tmp_path / "model", content, seed))
     return repository.commit(hub_server.files_of(folder))
 
@@ -196,6 +197,18 @@ def test_the_first_use_searches_thresholds_keeps_them_and_says_so(
     assert f"{REPOSITORY} at commit {repository.refs['main'][:12]}" in first
     assert f"{wanted.chosen.agreement:.1%} keep the dense model's label" in second and str(path) in second
     assert third == f"{NAME}: Nobody has looked."
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
+def test_every_architecture_of_the_cards_is_searched_once(
+    repository: Repository, deck: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    rewrite(deck, shape={"model_type": model_type, "layers": 3})
+    push(repository, tmp_path, model_type=model_type)
+    first = minilpt.load(NAME)
+    assert first.pruning is not None
+    monkeypatch.setattr(curated, "calibrate", never)
+    assert minilpt.load(NAME).predict(["good film"]) == first.predict(["good film"])
 
 
 def test_later_uses_just_load(
