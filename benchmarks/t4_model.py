@@ -27,7 +27,7 @@ from minilpt.kernels.cuda import QUERIES
 from . import files, workloads
 
 RESULT = Path(__file__).parent / "results" / "t4_model.json"
-# NVIDIA's T4 data sheet (2019): float16 tensor cores, float32, and memory; a launch costs some 3 us of host time.
+# NVIDIA's T4 data sheet (2019): float16 tensor cores, float32, and memory.
 TENSOR, FLOAT32, MEMORY = 65e12, 8.1e12, 320e9
 BATCH_TOKENS = 4096  # that share one reading of the weights, as `predict` batches them
 HALF = 2  # bytes

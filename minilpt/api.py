@@ -38,7 +38,7 @@ from .pruning import KeepRule, Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
 from .truncation import Truncation
-from .weights import checkpoint
+from .weights import checkpoint, hub
 from .weights.resolve import resolve
 
 Float32 = NDArray[np.float32]
@@ -86,8 +86,10 @@ def load(
     precision: str = "fp32",
     pruning: str | Path | Mapping[str, Any] | None = "auto",
     threads: int | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Classifier:
-    """Load a sequence classifier from a local folder or by a bundled name (None: the bundled default).
+    """Load a sequence classifier from a local folder, by a bundled name (None: the default), or from the hub.
 
     An encoder without a head, as those of sentence-transformers, loads too; it can `embed`. The folder holds
     config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids will be classified.
@@ -97,12 +99,14 @@ def load(
     table to the logits, for a folder that `minilpt quantize` wrote or a checkpoint trained with I-BERT
     ("ibert-float-head": but for the head, as I-BERT; CPU). threads: of the compiled kernels, by default one for each
     usable core; on NumPy they are BLAS's, set for the whole process if given.
+    "org/name" is a repository of the hub, unless a folder here has that path: it is downloaded once, into the cache of
+    huggingface_hub. revision: its branch, tag or commit hash. local_files_only: take what the cache holds.
 
-    Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
-    missing tokenizer is an error only when texts are asked for.
+    Raises UnknownModelError, HubError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or
+    BackendError. A missing tokenizer is an error only when texts are asked for.
     """
     backend = backends.choose(device, precision, threads)
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     config = read_config(folder)
     chosen = pruning_of(folder, config, pruning)
     engine = _engine(folder, config, chosen.rule if chosen else None, backend)
@@ -159,6 +163,12 @@ class Classifier:
     def engine(self) -> Engine:
         """What runs the layers."""
         return self._engine
+
+    @property
+    def commit(self) -> str | None:
+        """The commit hash of a model from the hub."""
+        found = hub.origin(self.folder)
+        return found and found[1]
 
     @property
     def classes_(self) -> NDArray[np.str_]:

@@ -46,10 +46,12 @@ from .serving.options import ServeOptions, add_flags
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
 from .truncation import AGGREGATES, MODES
-from .weights.resolve import DEFAULT, bundled_names, resolve
+from .weights import hub
+from .weights.resolve import DEFAULT, bundled_names, is_hub_name, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
+MODEL_HELP = "a bundled name, a folder, or the hub's org/name"
 Answer = TypeVar("Answer")
 
 
@@ -127,12 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("model", nargs="?", default=os.environ.get("MODEL_ID"), metavar="MODEL", help="($MODEL_ID)")
     server.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     server.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
+    _add_revision_option(server)
     _add_engine_options(server)
     add_flags(server)
     server.set_defaults(run=_serve)
 
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
-    calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    calibration.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(calibration)
     calibration.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(calibration)
     calibration.add_argument("--flops-ratio", type=float, metavar="R", help="spend this share of the dense FLOPs")
@@ -158,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
 
     quantization = commands.add_parser("quantize", help="write a model's folder for integer-only inference")
-    quantization.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    quantization.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(quantization)
     quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -176,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("model", metavar="MODEL", help="a folder that minilpt quantize wrote, or trained with I-BERT")
     golden.add_argument("texts", nargs="+", metavar="TEXT")
     golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    _add_revision_option(golden)
     golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     golden.set_defaults(run=_export_golden, threads=None, precision="ibert", device="cpu")
 
@@ -245,9 +251,14 @@ def _add_progress_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
+    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT})")
+    _add_revision_option(parser)
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     _add_engine_options(parser)
+
+
+def _add_revision_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit hash of a model on the hub")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +285,7 @@ def _load(options: argparse.Namespace) -> Classifier:
         threads=options.threads,
         precision=options.precision,
         device=options.device,
+        revision=options.revision,
     )
     ratio = getattr(options, "flops_ratio", None)
     return model if ratio is None else model.with_flops_ratio(ratio)
@@ -421,6 +433,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         threads=options.threads,
         precision=options.precision,
         device=options.device,
+        revision=options.revision,
     )
     with _rows(options) as rows:
         read = list(rows)
@@ -446,7 +459,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    model = load(options.model, pruning=None, threads=options.threads, device="cpu")
+    model = load(options.model, pruning=None, threads=options.threads, device="cpu", revision=options.revision)
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
@@ -468,11 +481,13 @@ def _export_golden(options: argparse.Namespace) -> None:
 
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
-    folder = resolve(options.model)
     if options.out:
         if not Path(options.out).parent.is_dir():
             options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
+    if is_hub_name(options.model):
+        options.usage_error(f"--out FILE is needed: {options.model} is on the hub")
+    folder = resolve(options.model, revision=options.revision)
     if options.model in bundled_names():
         options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
     if (folder / FILE_NAME).exists():
@@ -507,8 +522,8 @@ def _models(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     """Looks only: weights are not read and kernels not compiled."""
     backend = backends.choose(options.device, options.precision, options.threads)
-    folder = resolve(options.model)
-    config = read_config(folder)
+    folder = resolve(options.model, revision=options.revision)
+    config, origin = read_config(folder), hub.origin(folder)
     pruning = pruning_of(folder, config, None if options.pruning == "off" else options.pruning)
     facts: dict[str, Any] = {
         "minilpt": __version__,
@@ -525,6 +540,7 @@ def _info(options: argparse.Namespace) -> None:
         "bundled": bundled_names(),
         "model": {
             "folder": str(folder),
+            "commit": origin and origin[1],
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,

@@ -3,11 +3,11 @@
 A `CudaProgram` knows the weights and the arithmetic (`cuda_float`, `cuda_integer`); the loop here knows which rows are
 alive. Legend: B sequences, N packed tokens, H heads, D width, L layers, Z blocks of 64 queries.
 
-Every run has a stream of its own, so that threads that share a model do not wait for each other's work, and ends when
-its results are on the host. Within a run the host waits once for each layer that a rule by masses is active in: the
-next products are started with the number of rows that go on, and the alternative, products over the rows before
-pruning, would save nothing. A layer without a rule, and a rule by counts, which lengths alone decide, are not waited
-for.
+Every run has a stream to itself, so that threads that share a model do not wait for each other's work, and ends when
+its results are on the host. Streams are used again: CuPy keeps freed memory for the stream that freed it. Within a run
+the host waits once for each layer that a rule by masses is active in: the next products are started with the number of
+rows that go on, and the alternative, products over the rows before pruning, would save nothing. A layer without a rule,
+and a rule by counts, which lengths alone decide, are not waited for.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from .ragged import TokenBatch
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+
+MOST_SEQUENCES = 65535  # blocks of a grid's second and third dimension, which stand for sequences
 
 
 class LayerRule(NamedTuple):
@@ -146,6 +148,7 @@ class CudaEngine:
     ):
         self.config, self.backend, self._program = config, backend, program
         self._cp, self._ordinal = device.cp, device.ordinal
+        self._streams: list[Any] = []  # that no run has at the moment
         compile_kernels(program.kernels, device)  # here rather than at the first text: it takes seconds
         with self._cp.cuda.Device(self._ordinal) as card:
             self._set_rule(rule)
@@ -185,17 +188,30 @@ class CudaEngine:
 
     @contextmanager
     def _run(self, batch: TokenBatch, *, first_row_only: bool, trace: bool) -> Iterator[_Run]:
-        """The batch on a stream of its own."""
-        longest, most = ragged.lengths(batch.cu_seqlens).max(), self._program.longest_text
+        """The batch, on a stream that no other run has."""
+        longest, most, B = ragged.lengths(batch.cu_seqlens).max(), self._program.longest_text, len(batch.cu_seqlens) - 1
+        if B > MOST_SEQUENCES:
+            raise InputError(f"a batch has {B} sequences; the CUDA kernels take {MOST_SEQUENCES}: use smaller batches")
         if longest > most:
             raise InputError(f'a text has {longest} tokens; the CUDA kernels hold {most}: use device="cpu"')
         try:
-            with self._cp.cuda.Device(self._ordinal), self._cp.cuda.Stream(non_blocking=True):
+            with self._cp.cuda.Device(self._ordinal), self._stream():
                 yield _Run(self.config, self._program, self._rules, batch, self._cp, first_row_only, trace)
         except MemoryError as error:  # CuPy's own is one
             raise BackendError(
                 f"the GPU has no room for {len(batch.ids)} tokens at once ({error}): use a smaller batch_tokens"
             ) from error
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """A stream that no other run has, made if need be."""
+        try:
+            stream = self._streams.pop()
+        except IndexError:
+            stream = self._cp.cuda.Stream(non_blocking=True)
+        with stream:
+            yield
+        self._streams.append(stream)
 
 
 def _nothing(config: ModelConfig, trace: bool) -> Forward:

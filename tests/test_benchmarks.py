@@ -107,3 +107,12 @@ def test_the_model_on_paper_counts_what_a_layer_moves_and_computes(tmp_path: Pat
     assert parts["gelu"].seconds() == 2 * 2 * 50 * 3072 / 320e9
     assert parts["masses"].operations == 2 * 100 * 100 * 768
     assert parts["context"].operations == 4 * 100 * 50 * 768
+
+
+def test_every_mutant_that_lives_is_explained() -> None:
+    document = (integer.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    found = files.read_json(integer.ROOT / "benchmarks" / "results" / "cuda_mutants.json")
+    lives = found["survivors"]
+    assert f"{found['mutants'] - len(lives)} of {found['mutants']} mutants die" in document
+    for mutant in lives:
+        assert mutant["before"].split("  //")[0] in document, mutant

@@ -26,15 +26,20 @@ import tolerances
 
 RULES: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "threshold": {"rule": "threshold", "thresholds": [0, 0.6, 0.8, 0.9], "score_denominator": 1},
+    "threshold": {"rule": "threshold", "thresholds": [0, 0.6, 0.8, 0.9, 0.9, 0.9], "score_denominator": 1},
     "relative": {"rule": "relative", "token_threshold": 0.3},
     "topk": {"rule": "topk", "token_keep_rate": 0.4},
     "topk, merged": {"rule": "topk", "token_keep_rate": 0.4, "merge_removed": True},
-    "merged": {"rule": "threshold", "thresholds": [0.7, 0.6, 0.8, 0.9], "score_denominator": 1, "merge_removed": True},
-    "first only": {"rule": "threshold", "thresholds": [1e6] * 4, "score_denominator": 1},
+    "merged": {
+        "rule": "threshold",
+        "thresholds": [0.7, 0.6, 0.8, 0.9, 0.9, 0.9],
+        "score_denominator": 1,
+        "merge_removed": True,
+    },
+    "first only": {"rule": "threshold", "thresholds": [1e6] * 6, "score_denominator": 1},
 }
-WAITS = {"dense": 0, "threshold": 2, "relative": 3, "topk": 0, "topk, merged": 0, "merged": 3, "first only": 3}
-SHAPE = {"num_hidden_layers": 4, "max_position_embeddings": 512}
+WAITS = {"dense": 0, "threshold": 4, "relative": 5, "topk": 0, "topk, merged": 0, "merged": 5, "first only": 5}
+SHAPE = {"num_hidden_layers": 6, "max_position_embeddings": 512}
 LENGTHS = [1, 5, 17, 66, 2, 33]
 TEXTS = [
     "a gorgeous , witty , seductive movie .",
@@ -180,7 +185,8 @@ def test_the_host_waits_once_for_each_layer_that_masses_decide(
         pytest.skip("a real CuPy does not count how often the host waits")
     model, rows = minilpt.load(folder, device="cuda", pruning=RULES[rule]), sequences()
     before = cp.synchronisations()
-    model.forward(rows)
+    kept = model.forward(rows).kept_tokens
+    assert RULES[rule] is None or (kept[-2] < LENGTHS).any(), "the rule must have something to decide"
     answers = 2  # the logits, and the bounds of all layers
     assert cp.synchronisations() - before == WAITS[rule] + answers
 
@@ -191,6 +197,19 @@ def test_threads_share_a_model(folder: Path, on_device: Any) -> None:
     wanted = [model.forward(rows).logits.tolist() for rows in batches]
     with ThreadPoolExecutor(3) as pool:
         assert [found.logits.tolist() for found in pool.map(model.forward, batches)] == wanted
+
+
+def test_runs_take_streams_that_are_free(folder: Path, on_device: Any) -> None:
+    """CuPy keeps freed memory for its stream: a new stream for each run would fill the card."""
+    model = minilpt.load(folder, device="cuda", pruning=None)
+    for _ in range(3):
+        model.forward(sequences([3]))
+    assert len(model.engine._streams) == 1  # type: ignore[attr-defined]
+
+
+def test_more_sequences_than_a_grid_has_are_refused(folder: Path, on_device: Any) -> None:
+    with pytest.raises(minilpt.InputError, match="a batch has 65536 sequences; the CUDA kernels take 65535"):
+        minilpt.load(folder, device="cuda", pruning=None).forward([[5]] * 65536)
 
 
 def test_a_text_that_does_not_fit_is_refused(tmp_path: Path, on_device: Any) -> None:

@@ -312,6 +312,20 @@ def test_keep(cp: Any, rule: KeepRule, seed: int, lengths: list[int], heads: int
         assert host(counts)[b] == wanted.sum()
 
 
+@pytest.mark.cuda_source(stem="prune")
+def test_as_many_stay_as_are_counted_on_where_masses_are_nan(cp: Any) -> None:
+    """The host starts the next products with a number that it does not read back: an overflow must not change it."""
+    partial = np.ones((1, 1, 30), np.float32)
+    partial[0, 0, [3, 4, 12, 13, 14, 15, 16, 17, 18, 19]] = np.nan
+    mass, kept, counts = cp.empty((30,), "float32"), cp.empty((30,), "uint8"), cp.empty((2,), "int32")
+    bounds, initial = np.array([0, 10, 30], np.int32), np.array([10, 20], np.int32)
+    FloatKernels(cp, Geometry(), "float32").keep(
+        TopK(0.5, 4).step(3), *on(cp, partial, bounds, initial), mass, kept, counts
+    )
+    assert host(counts).tolist() == [5, 10]
+    assert host(kept)[3:5].sum() == 0
+
+
 @pytest.mark.cuda_source(stem="compact")
 @given(seed=seeds, lengths=lengths_of_batches, geometry=geometries, share=st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=30)

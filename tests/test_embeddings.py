@@ -193,6 +193,7 @@ def change(place: int, **values: Any) -> list[Change]:
         (change(1, type="my.Pooling"), MEAN, r"found Transformer, my\.Pooling, Normalize"),
         (["Transformer"], MEAN, "found 'Transformer'"),
         (change(0, path="0_BERT"), MEAN, "the Transformer must be in the folder itself, not in '0_BERT'"),
+        (change(1, path="../1_Pooling"), MEAN, r"path '\.\./1_Pooling' is not the plain name of a folder here"),
         (
             MODULES,
             MEAN | {"pooling_mode_max_tokens": True},
@@ -210,6 +211,7 @@ def change(place: int, **values: Any) -> list[Change]:
         "of my own",
         "a string",
         "elsewhere",
+        "outside",
         "two modes",
         "last token",
         "two new modes",

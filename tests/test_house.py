@@ -121,3 +121,10 @@ def test_no_machine_path_and_no_registry_host_in_the_repository() -> None:
             continue
         found = [word for word in unwanted if word in path.read_text(encoding="utf-8")]
         assert not found, f"{name} holds {found}"
+
+
+def test_the_batching_core_and_the_service_know_no_http() -> None:
+    web = {"fastapi", "starlette", "uvicorn"}
+    assert all(not name.startswith("minilpt.") or "errors" in name for name in imported(ROOT / "minilpt/batching.py"))
+    for name in ("service", "work", "refusals", "metrics", "options"):
+        assert not {found.split(".")[0] for found in imported(ROOT / f"minilpt/serving/{name}.py")} & web, name

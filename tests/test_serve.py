@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +22,12 @@ from serving import PATIENCE_S, Altered, command, served
 
 import minilpt
 from minilpt import cli
+from minilpt.batching import StoppedError
+from minilpt.serving.contract import PredictRequest
+from minilpt.serving.options import ServeOptions, add_flags
+from minilpt.serving.refusals import RefusedError
+from minilpt.serving.server import listening
+from minilpt.serving.service import Service
 
 import checkpoints
 
@@ -211,18 +222,22 @@ def test_a_reranker_orders_texts_by_the_sigmoids_of_its_logits(tmp_path: Path) -
     assert raw == [{"index": at, "text": texts[at], "score": float(logits[at])} for at in order]
 
 
-def test_embeddings_are_the_models_or_an_error(model: minilpt.Classifier) -> None:
-    def embed(texts: list[str], normalize: bool) -> np.ndarray:
-        return np.array([[3.0, 4.0 * len(text)] for text in texts], np.float32)
-
-    with served(Altered(model, embed=embed)) as client:
-        assert client.post("/embed", json={"inputs": "a"}).json() == [[pytest.approx(0.6), pytest.approx(0.8)]]
-        plain = client.post("/embed", json={"inputs": ["a", "the"], "normalize": False})
-        assert plain.json() == [[3, 4], [3, 12]]
-        assert "x-compute-tokens" in plain.headers and "x-minilpt-kept-tokens" not in plain.headers
-    if not hasattr(model, "embed"):
-        with served(model) as client:
-            assert error(client.post("/embed", json={"inputs": "a"})) == (424, "Backend")
+def test_embeddings_are_the_models(tmp_path: Path) -> None:
+    """Of an encoder without a head: cut at the side that is asked for, normalised or not, never classified."""
+    checkpoints.write_vocabulary(checkpoints.write(tmp_path, checkpoints.config(architectures=["BertModel"])))
+    model = minilpt.load(tmp_path, threads=1)
+    long = "good " * 38 + "bad " * 38
+    with served(model) as client:
+        found = client.post("/embed", json={"inputs": "good film"})
+        assert (
+            found.json() == model.embed("good film").tolist() == client.post("/", json={"inputs": "good film"}).json()
+        )
+        assert "x-compute-tokens" in found.headers and "x-minilpt-kept-tokens" not in found.headers
+        plain = client.post("/embed", json={"inputs": ["a", long], "normalize": False, "truncation_direction": "Left"})
+        assert plain.json() == model.embed(["a", long], normalize=False, truncation="tail").tolist()
+        for route, body in {"/predict": {"inputs": "a"}, "/explain": {"text": "a"}}.items():
+            assert error(client.post(route, json=body)) == (424, "Backend")
+        assert client.get("/info").json()["model_type"] == {"embedding": {"pooling": "mean"}}
 
 
 @pytest.mark.parametrize(("compat", "total"), [(False, None), (True, 1.0)], ids=["sigmoids", "softmax"])
@@ -358,14 +373,6 @@ def test_sigterm_under_load_loses_nothing_and_mixes_nothing_up(tmp_path: Path) -
 
 def test_at_the_stop_the_queue_has_the_grace_and_then_an_error(tmp_path: Path) -> None:
     """A batch that does not end within the grace: what waits behind it is answered 503, and the process ends."""
-    import asyncio
-
-    from minilpt.batching import StoppedError
-    from minilpt.serving.contract import PredictRequest
-    from minilpt.serving.options import ServeOptions
-    from minilpt.serving.refusals import RefusedError
-    from minilpt.serving.service import Service
-
     model, began, go = tiny(tmp_path), threading.Event(), threading.Event()
 
     def forward(*tokens: Any) -> Any:
@@ -389,6 +396,25 @@ def test_at_the_stop_the_queue_has_the_grace_and_then_an_error(tmp_path: Path) -
     lost = [found for found in answers if isinstance(found, RefusedError)]
     assert len(lost) == 1 and lost[0].kind == "Unhealthy" and isinstance(lost[0].__cause__, StoppedError)
     assert len([found for found in answers if isinstance(found, tuple)]) == 1
+
+
+def test_connections_send_small_answers_at_once() -> None:
+    """Nagle's algorithm is off, or every answer would wait for the client's delayed acknowledgement."""
+    found = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def scenario() -> None:
+        listener = listening("127.0.0.1", 0)
+        async with await asyncio.start_server(talk, sock=listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(scenario())
+    assert found == [1]
 
 
 @pytest.mark.parametrize(
@@ -416,9 +442,6 @@ def test_a_taken_port_and_a_wrong_variable_are_explained(
 
 
 def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    import argparse
-
-    from minilpt.serving.options import ServeOptions, add_flags
 
     def parsed(*arguments: str) -> ServeOptions:
         parser = argparse.ArgumentParser()
@@ -432,3 +455,9 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytes
     assert parsed("--port", "82", "--auto-truncate") == ServeOptions(port=82, host="0.0.0.0", api_key="k")
     monkeypatch.setenv("HOSTNAME", "container-4711")  # a name, not an address to listen on
     assert parsed().host == ServeOptions().host
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from minilpt.cli import main; sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "serving needs uvicorn: pip install 'minilpt[serve]'" in done.stderr

@@ -141,18 +141,26 @@ def read_headers(folder: Path) -> list[Stored]:
 
 def _read_shards(folder: Path) -> list[Stored]:
     index_path = folder / INDEX
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
-    entries = [entry for shard in sorted(set(weight_map.values())) for entry in _read_header(folder / shard)]
+    shards = shards_of(index_path)
+    weight_map = read_json(index_path)["weight_map"]
+    entries = [entry for shard in shards for entry in _read_header(folder / shard)]
     found = {entry.name: entry.path.name for entry in entries}
     wrong = sorted(name for name, shard in weight_map.items() if found.get(name) != shard)
     if wrong:
         raise ModelFileError(f"{index_path}: not in the shard that weight_map names: {_listed(wrong)}")
     return entries
+
+
+def shards_of(index_path: Path) -> list[str]:
+    """The files that an index names, sorted. Raises ModelFileError for anything but plain names of safetensors."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
+    return shards
 
 
 def _read_header(path: Path) -> list[Stored]:

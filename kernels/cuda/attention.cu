@@ -4,11 +4,11 @@
 // of QUERIES queries. Storage is float or half, arithmetic is float. Query, key and value rows come from the product
 // without its bias, which is added as they are read; bias: (3 D,), query's, key's, value's. cu_seqlens: (B + 1,) bounds.
 //
-// The scores are computed twice, once for the masses and once for the context: 4 n d more bytes-free operations per query
+// The scores are computed twice, once for the masses and once for the context: 2 n d more operations per query and head
 // instead of H n^2 probabilities written and read. Traffic per head and sequence: s d (n (1 + n / 64) + ...) from the
 // second-level cache, s d (2 n + n') written and read from memory. On a T4 (8.1 TFLOPS float): masses 2 n^2 d operations
-// per head, context 4 n n' d; at MNLI's mean of 38 tokens 0.6 us a sequence of RoBERTa-base and layer, beside 5.4 us of
-// products at 65 TFLOPS.
+// per head, context 4 n n' d; at MNLI's lengths some 0.4 and 0.7 us a sequence of RoBERTa-base and layer, beside 8.4 us of
+// products (benchmarks/t4_model.py).
 //
 // Registers on sm_75: 61 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
 
@@ -84,7 +84,7 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
         for (int k0 = 0; k0 < n; k0 += TILE) {
             const int keys = min(TILE, n - k0);
             load_rows(head + static_cast<long long>(k0) * 3 * width + width, 3 * width, keys, bias + width + h * d, d, key);
-            __syncthreads();  // queries and keys are there
+            __syncthreads();  // queries and keys are there; whoever added up the scores before is done
             for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, count); ++r)
                 if (lane < keys)
                     scores[r * longest + k0 + lane] = scale * dot(query + r * pitch(d), key + lane * pitch(d), d);
@@ -108,7 +108,6 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
             for (int r = 0; r < count; ++r) total += scores[r * longest + k];  // query after query, whatever `rows` is
             columns[k] = total;
         }
-        __syncthreads();  // before the next queries and their scores take their place
     }
     float* out = out_zhn + (static_cast<long long>(blockIdx.x) * heads + h) * tokens + begin;
     for (int k = threadIdx.x; k < n; k += blockDim.x) out[k] = columns[k];

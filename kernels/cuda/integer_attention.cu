@@ -6,7 +6,7 @@
 // changes no bit.
 //
 // Traffic per head and sequence: d n (2 + n / 64) from the second-level cache, 3 d n + d n' from and to memory. On a T4
-// (65 T dp4a operations a second) 2 n^2 d operations for masses and as many for scores of the context; about 60 integer
+// (some 32 T dp4a operations a second) 2 n^2 d operations for masses and as many for scores of the context; about 60 integer
 // instructions for each i-exp, n^2 and n n' of them, are the limit.
 //
 // Registers on sm_75: 56 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
@@ -143,7 +143,7 @@ __device__ void sum_columns(const signed char* qkv, const int* cu_seqlens, int t
         for (int k0 = 0; k0 < n; k0 += TILE) {
             const int keys = min(TILE, n - k0);
             load_rows(head + static_cast<int64>(k0) * 3 * width + width, 3 * width, keys, d, key);
-            __syncthreads();  // queries and keys are there
+            __syncthreads();  // queries and keys are there; whoever added up the scores before is done
             score(query, key, count, keys, k0, d, longest, scores);
             __syncthreads();  // before the next keys take their place; and the scores are there
         }
@@ -155,7 +155,6 @@ __device__ void sum_columns(const signed char* qkv, const int* cu_seqlens, int t
                 total += value(static_cast<unsigned>(scores[r * longest + k]), begin + q0 + r);
             columns[k] = total;
         }
-        __syncthreads();  // before the next queries and their scores take their place
     }
     int64* out = out_zhn + (static_cast<int64>(blockIdx.x) * heads + h) * tokens + begin;
     for (int k = threadIdx.x; k < n; k += blockDim.x) out[k] = columns[k];

@@ -70,6 +70,13 @@ __device__ void gather_masses(const float* mass_zhn, int tokens, int heads, int 
     }
 }
 
+// The order of masses: larger first, then the lower index, NaN last. A total one, so that exactly as many stay as the host
+// counts on, whatever the masses are.
+__device__ __forceinline__ bool is_ahead(float other, int j, float mass, int k) {
+    const bool both_nan = other != other && mass != mass;
+    return other > mass || (other == other && mass != mass) || ((other == mass || both_nan) && j < k);
+}
+
 template <typename T>
 __device__ void merge_rows(T* x, const float* share_n, const int* stand_in, const int* cu_seqlens, int width) {
     const int b = blockIdx.y, begin = cu_seqlens[b], end = cu_seqlens[b + 1], c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -131,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(1024) keep_count(
     const float* masses = mass_n + begin;
     decide_all(mass_n, begin, n, kept, kept_b + b, words, [=](int k, float mass) {
         int ahead = 0;
-        for (int j = 1; j < n; ++j) ahead += masses[j] > mass || (masses[j] == mass && j < k);
+        for (int j = 1; j < n; ++j) ahead += is_ahead(masses[j], j, mass, k);
         return ahead < others;
     });
 }

@@ -27,15 +27,16 @@ PAGE = Path(__file__).with_name("page.html")
 _bearer = HTTPBearer(auto_error=False, description="the server's --api-key, if it has one")
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async, or every request would visit a thread for it
     return request.app.state.service
 
 
-def _authorized(
-    request: Request, found: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
+async def _authorized(
+    service: Annotated[Service, Depends(_service)],
+    found: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None,
 ) -> None:
     """Compares bytes (header text is Latin-1) in constant time: answers do not tell how much of a guess is right."""
-    wanted = _service(request).options.api_key
+    wanted = service.options.api_key
     if wanted is not None and not hmac.compare_digest(
         (found.credentials if found else "").encode("latin-1"), wanted.encode()
     ):

@@ -38,14 +38,14 @@ def translated() -> Iterator[None]:
     """Every error inside as the RefusedError that a client gets for it."""
     try:
         yield
+    except RefusedError:
+        raise
     except Exception as error:
         raise _refusal(error) from error
 
 
 def _refusal(error: Exception) -> RefusedError:
     match error:
-        case RefusedError():
-            return error
         case FullError():
             return RefusedError("Overloaded", str(error))
         case StoppedError():
@@ -60,5 +60,6 @@ def _refusal(error: Exception) -> RefusedError:
 
 
 def failed(error: BaseException) -> RefusedError:
+    """The engine's own failure, which the log gets whole and the client in a line."""
     _log.error("a request failed in the engine: %r", error, exc_info=error)
     return RefusedError("Backend", f"inference failed: {type(error).__name__}: {error}")

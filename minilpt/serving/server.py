@@ -64,7 +64,9 @@ def serve(model: Classifier, options: ServeOptions, name: str) -> None:
 def listening(host: str, port: int) -> socket.socket:
     """A socket on which connections wait already. Raises InputError if the address cannot be had."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, proto=socket.IPPROTO_TCP)[0]
+        made = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot listen there: {error.strerror}; set --host, --port") from None
+    # With its protocol named, asyncio turns Nagle's algorithm off; else answers wait some 40 ms for a delayed ACK.
+    return socket.socket(family, kind, protocol, made.detach())

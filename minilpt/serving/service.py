@@ -14,14 +14,16 @@ import numpy as np
 from .. import __version__
 from ..api import Classifier
 from ..batching import Batcher, StoppedError
+from ..embeddings import read_embedding
 from ..text import TextOrPair
 from .contract import Cut, EmbedRequest, ExplainRequest, PredictRequest, RerankRequest, TokenizeRequest
 from .metrics import Metrics
 from .options import ServeOptions
 from .refusals import NOT_UNDERSTOOD, RefusedError, failed, translated
-from .work import Computed, Float32, Result, Tokens, run
+from .work import Computed, Float32, Result, Text, Tokens, run
 
 Answer = tuple[Any, dict[str, str]]  # the body, plain types; the headers
+TRUNCATION = {None: None, "right": "head", "left": "tail"}  # the contract's side that is cut -> minilpt's that stays
 PROBE_S = 5.0  # for the health of an engine whose last batch failed
 
 
@@ -36,7 +38,7 @@ class Service:
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="minilpt-tokenizer")
         self._taken = self._answered = 0
         self.metrics = Metrics(lambda: self.batcher.waiting)
-        self.batcher: Batcher[Tokens | str, Result] = Batcher(
+        self.batcher: Batcher[Tokens | Text, Result] = Batcher(
             lambda items: run(model, items),
             batch_tokens=options.max_batch_tokens,
             most_requests=options.max_concurrent_requests,
@@ -82,14 +84,8 @@ class Service:
         """A vector for every text."""
         texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
         with self._counted("single" if isinstance(request.inputs, str) else "batch"):
-            if not hasattr(self.model, "embed"):
-                raise RefusedError("Backend", "this model has no embeddings: use /predict")
             computed = await self._computed("embed", texts, request)
-            vectors = _finite(computed.values)
-            if request.normalize:
-                lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-                vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-            return vectors.tolist(), self._told(computed)
+            return _finite(computed.values).tolist(), self._told(computed)
 
     async def tokenize(self, request: TokenizeRequest) -> Answer:
         """Every token of every text, however long."""
@@ -115,7 +111,8 @@ class Service:
         """Whether requests would be answered. Where the last batch failed, a small one is tried."""
         if not self.batcher.working or not self.batcher.last_batch_failed:
             return self.batcher.working
-        probe: Tokens | str = "a" if self.kind == "embedding" else Tokens(*(row[0] for row in self.model.encode("a")))
+        ids, segments = self.model.encode("a")
+        probe = Text("a", True, None) if self.kind == "embedding" else Tokens(ids[0], segments[0])
         try:
             (outcome,) = await asyncio.wait_for(asyncio.wrap_future(self.batcher.submit([probe], [1])), PROBE_S)
         except (StoppedError, asyncio.TimeoutError):
@@ -132,7 +129,7 @@ class Service:
             "model_sha": None,
             "model_dtype": model.backend.precision,
             "served_model_name": self.name,
-            "model_type": {self.kind: of_kind if labels else {}},
+            "model_type": {self.kind: of_kind if labels else {"pooling": read_embedding(model.folder).pooling}},
             "max_concurrent_requests": options.max_concurrent_requests,
             "max_input_length": model.max_tokens,
             "max_batch_tokens": options.max_batch_tokens,
@@ -147,8 +144,8 @@ class Service:
 
     def tally(self) -> str:
         """What became of the requests for inference that were taken, for the log."""
-        failed = self._taken - self._answered
-        return f"{self._taken} requests taken, {self._answered} answered, {failed} answered with an error"
+        errors = self._taken - self._answered
+        return f"{self._taken} requests taken, {self._answered} answered, {errors} answered with an error"
 
     def close(self) -> None:
         """Stop the engine thread and the tokenizers, when no request is left."""
@@ -168,14 +165,14 @@ class Service:
         self.metrics.success.labels(method).inc()
         self._answered += 1
 
-    async def _computed(self, route: str, texts: Sequence[TextOrPair], cut: Cut) -> Computed:
+    async def _computed(self, route: str, texts: Sequence[TextOrPair], request: Cut) -> Computed:
         """Tokens, a place in the queue, results. Raises RefusedError, or what `translated` makes one of."""
         began = time.perf_counter()
         with self.batcher.place():
             self._taken += 1
             self._check_count(texts)
             self.metrics.texts[route].inc(len(texts))
-            items, tokens = await self._in_pool(lambda: self._encoded(texts, cut, embed=route == "embed"))
+            items, tokens = await self._in_pool(lambda: self._encoded(texts, request))
             encoded = time.perf_counter()
             future = asyncio.wrap_future(self.batcher.submit(items, tokens))
             outcomes = await asyncio.wait_for(future, max(0.0, began + self.options.timeout - encoded))
@@ -186,21 +183,21 @@ class Service:
         characters = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
         return Computed(route, outcomes, tokens, characters, began, encoded - began)
 
-    def _encoded(self, texts: Sequence[TextOrPair], cut: Cut, embed: bool) -> tuple[list[Tokens | str], list[int]]:
+    def _encoded(self, texts: Sequence[TextOrPair], request: Cut) -> tuple[list[Tokens | Text], list[int]]:
         """What the queue takes for these texts, and their tokens. Raises RefusedError for one that may not be cut."""
-        found = self._encoders[cut.truncation_direction and cut.truncation_direction.lower()].encode(texts)
-        may = self.options.auto_truncate if cut.truncate is None else cut.truncate
+        side = request.truncation_direction and request.truncation_direction.lower()
+        found = self._encoders[side].encode(texts)
+        may = self.options.auto_truncate if request.truncate is None else request.truncate
         for index, encoded in enumerate(found):
             if encoded.n_truncated and not may:
                 length, limit = len(encoded.ids) + encoded.n_truncated, self.model.max_tokens
-                message = (
-                    f'input {index} has {length} tokens; this model takes {limit}: shorten it or send "truncate": true'
-                )
-                raise RefusedError("Validation", message)
-        if embed:
-            return [text for text in texts if isinstance(text, str)], [len(encoded.ids) for encoded in found]
-        items = [Tokens(encoded.ids.tolist(), encoded.segments.tolist()) for encoded in found]
-        return list(items), [len(item.ids) for item in items]
+                hint = 'shorten it or send "truncate": true'
+                raise RefusedError("Validation", f"input {index} has {length} tokens, the model takes {limit}: {hint}")
+        lengths = [len(encoded.ids) for encoded in found]
+        if isinstance(request, EmbedRequest):
+            mode = TRUNCATION[side]
+            return [Text(text, request.normalize, mode) for text in texts if isinstance(text, str)], lengths
+        return [Tokens(encoded.ids.tolist(), encoded.segments.tolist()) for encoded in found], lengths
 
     def _check_count(self, texts: Sequence[TextOrPair]) -> None:
         if not texts or not all(any(text) for text in texts):

@@ -24,6 +24,15 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text to be embedded; normalize, truncation: as `Classifier.embed` has them."""
+
+    text: str
+    normalize: bool
+    truncation: str | None
+
+
+@dataclass(frozen=True)
 class Result:
     """values: (labels,) logits or a (D,) embedding; of an embedding the counts are not known."""
 
@@ -33,19 +42,22 @@ class Result:
     dense_flops: int = 0
 
 
-def run(model: Classifier, items: Sequence[Tokens | str]) -> list[Result]:
-    """One batch: tokens are classified, plain texts embedded (not normalised). Results in the order of the items."""
+def run(model: Classifier, items: Sequence[Tokens | Text]) -> list[Result]:
+    """One batch: tokens are classified, texts embedded. Results in the order of the items."""
     found: dict[int, Result] = {}
     tokens = {index: item for index, item in enumerate(items) if isinstance(item, Tokens)}
-    texts = {index: item for index, item in enumerate(items) if isinstance(item, str)}
     if tokens:
         forward = model.forward([item.ids for item in tokens.values()], [item.segments for item in tokens.values()])
         for row, index in enumerate(tokens):
             kept = tuple(forward.kept_tokens[:, row].tolist())
             flops = int(forward.executed_flops[row]), int(forward.dense_flops[row])
             found[index] = Result(forward.logits[row], kept, *flops)
-    if texts:
-        vectors = model.embed(list(texts.values()), normalize=False)
+    alike: dict[tuple[bool, str | None], dict[int, str]] = {}  # settings -> place and text of each
+    for index, item in enumerate(items):
+        if isinstance(item, Text):
+            alike.setdefault((item.normalize, item.truncation), {})[index] = item.text
+    for (normalize, truncation), texts in alike.items():
+        vectors = model.embed(list(texts.values()), normalize=normalize, truncation=truncation)
         found |= {index: Result(vector) for index, vector in zip(texts, vectors, strict=True)}
     return [found[index] for index in range(len(items))]
 

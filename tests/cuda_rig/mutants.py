@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 VARIABLE = "CUDA_RIG_MUTANT"
@@ -55,14 +57,15 @@ class Verdict:
     killed: bool
 
 
-def mutants(source: Path) -> Iterator[Mutant]:
+def mutants(source: Path, mutations: Sequence[str] = tuple(MUTATIONS)) -> Iterator[Mutant]:
     """Every mutation in every place of the code, comments, template headers and preprocessor lines left alone."""
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines):
         code = line.split("//")[0]
         if code.lstrip().startswith(("#", "template")):
             continue
-        for mutation, (pattern, replacement) in MUTATIONS.items():
+        for mutation in mutations:
+            pattern, replacement = MUTATIONS[mutation]
             for place in re.finditer(pattern, code):
                 changed = code[: place.start()] + place.expand(replacement) + code[place.end() :]
                 text = "".join([*lines[:number], changed.rstrip() + "\n", *lines[number + 1 :]])
@@ -92,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE.cu")
     parser.add_argument("--command", required=True, help="the tests; {stem} becomes the source's name without .cu")
+    parser.add_argument("--only", action="append", choices=MUTATIONS, help="these mutations; default: all")
     parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -102,14 +106,17 @@ def main() -> None:
             raise SystemExit(
                 f"{source}: the tests fail or select nothing before anything is changed: {shlex.join(command)}"
             )
-        for mutant in mutants(source):
+        for mutant in mutants(source, options.only or tuple(MUTATIONS)):
             verdicts.append(judge(mutant, command, options.limit_s))
             last = verdicts[-1]
             if not last.killed:
                 print(f"survived: {last.source}:{last.line}, {last.mutation}: {last.after}", file=sys.stderr)
     survivors = [asdict(verdict) for verdict in verdicts if not verdict.killed]
     partial = options.out.with_suffix(".partial")
-    partial.write_text(json.dumps({"mutants": len(verdicts), "survivors": survivors}, indent=2) + "\n")
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    facts = {"date": date.today().isoformat(), "machine": platform.platform(), "compiler": compiler}
+    found = {"mutations": options.only or [*MUTATIONS], "mutants": len(verdicts), "survivors": survivors}
+    partial.write_text(json.dumps(facts | found, indent=2) + "\n")
     os.replace(partial, options.out)
     print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutants were killed")
 

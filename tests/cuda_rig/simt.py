@@ -226,7 +226,8 @@ def _gxx(arguments: Sequence[str], text: str | None = None) -> None:
 def _added(text: str) -> str:
     """What follows a source: its dynamic shared arrays, in the scopes that declare them, and a trampoline a kernel."""
     plain = 'extern "C" __attribute__((no_sanitize("thread"))) void'
-    arrays, told = [], []
+    arrays: list[str] = []
+    told: list[str] = []
     for kind, name, inside in _dynamic_arrays(text):
         array = f"alignas(256) __shared__ {kind} {name}[SIMT_DYNAMIC_BYTES / sizeof({kind})];"
         arrays.append(f"namespace {{ {array} }}" if inside else array)
