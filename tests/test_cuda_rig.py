@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +102,31 @@ extern "C" __global__ void votes(const int* x, int* out) {
     const int count = __syncthreads_count(x[threadIdx.x] > 0), either = __syncthreads_or(x[threadIdx.x] > 8);
     out[threadIdx.x] = __popc(ballot) + 100 * any + 1000 * all + 10000 * count + 1000000 * either;
 }
+
+__constant__ int backwards[4] = {3, 2, 1, 0};
+extern "C" __global__ void __launch_bounds__(64) reversed(const int* x, int* out) {
+    __shared__ int of[2][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    of[warp][lane] = x[threadIdx.x];
+    __syncwarp();
+    out[threadIdx.x] = of[warp][backwards[lane % 4] + 28 - lane / 4 * 4];
+}
+
+extern "C" __global__ void quads(const float* x, float* out) {
+    reinterpret_cast<float4*>(out)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];
+}
+
+extern "C" __global__ void neighbours(const int* x, int n, int* out) {
+    const unsigned there = (1u << n) - 1;
+    if (threadIdx.x < n) out[threadIdx.x] = __shfl_down_sync(there, x[threadIdx.x], 1);
+}
+
+extern "C" __global__ void products(const unsigned* x, unsigned long long* out) {
+    out[0] = __dp4a(x[0], x[0], 1u);
+    out[1] = __umulhi(x[0], x[0]);
+    out[2] = __umul64hi(~0ull, x[0]);
+    out[3] = __mul64hi(-1, x[0]);
+}
 """
 
 
@@ -152,7 +181,26 @@ def test_right_kernels_give_numpy_s_results(checked: bool, schedule: str) -> Non
     assert np.array_equal(tripled, (half.astype(np.float32) * 3).astype(np.float16))
     votes = result("votes", 1, 64, whole[:64].copy(), np.zeros(64, np.int32))
     first = int((whole[:32] > 0).sum()) + 100 * bool((whole[:32] > 8).any()) + 1000 * bool((whole[:32] > -9).all())
+    assert np.array_equal(result("reversed", 1, 64, whole[:64].copy(), np.zeros(64, np.int32)), turned(whole[:64]))
+    assert np.array_equal(result("quads", 1, 50, X, np.zeros_like(X)), X)
     assert votes[0] == first + 10000 * int((whole[:64] > 0).sum()) + 1000000 * bool((whole[:64] > 8).any())
+
+
+def turned(x: Any) -> Any:
+    return x.reshape(2, 32)[:, ::-1].ravel()
+
+
+def test_integer_intrinsics() -> None:
+    out = np.zeros(4, np.uint64)
+    run(RIGHT, Case("products", 1, 1, [np.array([0xFF80FF01], np.uint32), out]))
+    square = 0xFF80FF01**2
+    assert out.tolist() == [2 * 255**2 + 128**2 + 1 + 1, square >> 32, 0xFF80FF00, 2**64 - 1]
+
+
+def test_a_lane_that_takes_no_part_gives_a_value_that_shows() -> None:
+    out = np.zeros(20, I32)
+    assert run(RIGHT, Case("neighbours", 1, 20, [np.arange(20, dtype=I32), I32(20), out])).findings == ()
+    assert out.tolist() == [*range(1, 20), -1]
 
 
 N, F32, I32 = np.int32(len(X)), np.float32, np.int32
@@ -164,6 +212,7 @@ CASES = {
     "transpose": lambda: Case("transpose", (2, 2), (16, 16), [X[:100].copy(), I32(10), np.zeros(100, F32)]),
     "halves": lambda: Case("halves", 1, 8, [np.ones(70, np.float16), I32(70), np.zeros(70, np.float16)]),
     "votes": lambda: Case("votes", 1, 64, [np.ones(64, I32), np.zeros(64, I32)]),
+    "reversed": lambda: Case("reversed", 1, 64, [np.ones(64, I32), np.zeros(64, I32)]),
 }
 # What is changed in which kernel, and what the checker has to say.
 PLANTED = {
@@ -219,6 +268,15 @@ PLANTED = {
         "race",
     ),
     "a vector load at an odd place": ("halves", "__half2*>(x + i)", "__half2*>(x + i + (i < 60))", "misaligned"),
+    "a shuffle in the place of a warp's barrier": ("reversed", "__syncwarp()", "__shfl_sync(ALL, lane, 0)", "race"),
+    "a vote in the place of a warp's barrier": ("reversed", "__syncwarp()", "__any_sync(ALL, lane)", "race"),
+    "a column in the next row": (
+        "transpose",
+        "tile[threadIdx.y][threadIdx.x] =",
+        "tile[threadIdx.y][threadIdx.x + 8] =",
+        "bounds",
+    ),
+    "past a constant table": ("reversed", "backwards[lane % 4]", "backwards[lane % 5]", "bounds"),
     "a write to the input": ("scan", "if (i < n) out[i] =", "if (i < n) const_cast<int*>(x)[i] =", "constant"),
 }
 
@@ -241,6 +299,47 @@ def test_a_finding_names_the_line_the_array_and_the_threads() -> None:
     assert (finding.kind, finding.kernel, finding.argument, finding.offset) == ("race", kernel, "count", 0)
     assert finding.other is not None and finding.other != (finding.block, finding.thread)
     assert "(*count)++" in finding.line
+
+
+def test_a_finding_inside_the_shim_names_the_source_s_line() -> None:
+    finding = run(RIGHT, Case("quads", 1, 1, [X[1:], np.zeros(4, F32)])).findings[0]
+    assert (finding.kind, finding.argument) == ("misaligned", "x")
+    assert "reinterpret_cast<const float4*>(x)" in finding.line
+
+
+def test_arrays_that_overlap_overlap_in_the_kernel() -> None:
+    whole = np.zeros(64 + 32, I32)
+    for schedule in simt.SCHEDULES:
+        report = run(RIGHT, Case("reversed", 1, 64, [whole[32:], whole[:64]]), schedule=schedule)
+        assert {(finding.kind, finding.argument) for finding in report.findings} == {("race", "out")}, schedule
+    same = np.arange(64, dtype=I32)  # whoever reads and writes one array with a barrier between is right
+    assert run(RIGHT, Case("reversed", 1, 32, [same, same])).findings == ()
+    assert np.array_equal(same[:32], np.arange(32)[::-1])
+    halves = np.arange(128, dtype=I32)  # neighbours do not overlap, and each keeps its own end
+    assert run(RIGHT, Case("reversed", 1, 64, [halves[:64], halves[64:]])).findings == ()
+    assert run(RIGHT, Case("reversed", 1, 64, [halves[:60], halves[60:]])).findings[0].kind == "out of bounds"
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "more", "said"),
+    [
+        (0, 32, {}, "a grid of (0,)"),
+        ((1, 65536), 32, {}, "a grid of (1, 65536)"),
+        (1, (1, 1, 65), {}, "a block of (1, 1, 65)"),
+        (1, (2, 2, 2, 2), {}, "a block of (2, 2, 2, 2)"),
+        (1, (32, 33), {}, "1 to 1024 threads, found 1056"),
+        (1, 32, {"shared_bytes": 65537}, "a block has 65536"),
+        (1, 32, {"schedule": "best"}, "no schedule 'best'"),
+    ],
+)
+def test_a_launch_that_no_card_takes_is_refused(grid: Any, block: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(RigError, match=re.escape(said)):
+        simt.compile(RIGHT).launch("quads", grid, block, [X, np.zeros_like(X)], **more)
+
+
+def test_launch_bounds_are_a_promise() -> None:
+    with pytest.raises(RigError, match="1 to 64 threads, found 96"):
+        simt.compile(RIGHT).launch("reversed", 1, 96, [np.ones(96, I32), np.zeros(96, I32)])
 
 
 def test_memory_that_was_never_written_is_seen_in_arguments_too() -> None:
@@ -301,7 +400,7 @@ WRONG_HOST = {
     "a host array": (lambda cp, x, out: ((1,), (96,), (x, np.int32(90), np.zeros(90, np.int32))), "host array"),
     "another type": (lambda cp, x, out: ((1,), (96,), (cp.asarray(np.zeros(90, F32)), np.int32(90), out)), "of int32"),
     "too short": (lambda cp, x, out: ((1,), (96,), (x, np.int32(90), out[:80])), "out of bounds"),
-    "too many threads": (lambda cp, x, out: ((1,), (1056,), (x, np.int32(90), out)), "1 to 1024 threads"),
+    "too many threads": (lambda cp, x, out: ((1,), (32, 33), (x, np.int32(90), out)), "1 to 1024 threads"),
     "no block": (lambda cp, x, out: ((0,), (96,), (x, np.int32(90), out)), "a grid of"),
     "never written": (lambda cp, x, out: ((1,), (96,), (cp.empty((90,), I32), np.int32(90), out)), "uninitialised"),
 }
@@ -336,3 +435,34 @@ def test_device_and_host_arrays_do_not_mix(cupy: Any) -> None:
         cupy.matmul(a, cupy.asarray(np.ones((3, 2), np.float16)), out=cupy.empty((2, 2), F32))
     with pytest.raises(FakeError, match="never written"):
         cupy.matmul(a, cupy.empty((3, 2), F32), out=cupy.empty((2, 2), F32))
+
+
+# Mutants.
+
+
+def judged(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    source = folder / "a.cu"
+    source.write_text('extern "C" __global__ void k(int* out) {\n    __syncthreads();\n    if (*out > 0) return;\n}\n')
+    asked = [
+        sys.executable,
+        "-m",
+        "cuda_rig.mutants",
+        str(source),
+        "--out",
+        str(folder / "out.json"),
+        "--command",
+        command,
+    ]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
+
+
+def test_a_mutant_is_killed_or_survives_by_the_command_s_word(tmp_path: Path) -> None:
+    done = judged(tmp_path, "bash -c 'grep -q __syncthreads $CUDA_RIG_MUTANT'")
+    assert done.stdout == "1 of 2 mutants were killed\n", done.stderr
+    assert "survived: a.cu:3, no early return" in done.stderr
+
+
+def test_mutants_of_tests_that_fail_anyway_are_not_counted_as_killed(tmp_path: Path) -> None:
+    done = judged(tmp_path, "false")
+    assert done.returncode == 1 and "before anything is changed: false" in done.stderr
+    assert not (tmp_path / "out.json").exists()

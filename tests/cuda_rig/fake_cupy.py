@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from . import simt
 
-MOST_THREADS, MOST_SHARED_BYTES = 1024, 48 * 1024  # of a block; more shared memory is to be asked for by an attribute
-MOST_GRID = (2**31 - 1, 65535, 65535)
+MOST_SHARED_BYTES = 48 * 1024  # of a block; more is to be asked for by an attribute
 
 
 class FakeError(Exception):
@@ -168,11 +167,6 @@ class Kernel:
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
         """Launch; FakeError for what a T4 does not take, or a kernel would misread."""
-        shape, threads = (*grid, 1, 1)[:3], int(np.prod(block))
-        if not 0 < threads <= MOST_THREADS:
-            raise FakeError(f"{self._name}: a block has 1 to {MOST_THREADS} threads, found {threads}")
-        if any(not 0 < size <= most for size, most in zip(shape, MOST_GRID, strict=True)):
-            raise FakeError(f"{self._name}: a grid of {tuple(grid)} is not within 1 and {MOST_GRID}")
         if shared_mem > MOST_SHARED_BYTES:
             raise FakeError(f"{self._name}: {shared_mem} bytes of shared memory, a block has {MOST_SHARED_BYTES}")
         arrays = [argument if isinstance(argument, ndarray) else None for argument in args]
@@ -184,7 +178,7 @@ class Kernel:
         try:
             report = self._module().launch(
                 self._name,
-                shape,
+                tuple(grid),
                 tuple(block),
                 values,
                 shared_bytes=shared_mem,

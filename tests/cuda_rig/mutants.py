@@ -3,7 +3,8 @@
     python -m cuda_rig.mutants --out FILE --command "pytest -x ..." SOURCE.cu...
 
 The command runs once for each mutant, with CUDA_RIG_MUTANT set to a file that has the source's name and the mutant's
-text; the tests must compile that one. A mutant is killed when the command fails, or takes too long.
+text; the tests must compile that one. A mutant is killed when the command fails, or takes too long. First the command
+has to pass on the source as it is, or everything would count as killed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ def mutants(source: Path, mutations: Sequence[str] = tuple(MUTATIONS)) -> Iterat
                 yield Mutant(source.name, number + 1, mutation, code.strip(), changed.strip(), text)
 
 
+def unchanged(source: Path) -> Mutant:
+    return Mutant(source.name, 0, "nothing", "", "", source.read_text(encoding="utf-8"))
+
+
 def judge(mutant: Mutant, command: Sequence[str], limit_s: float) -> Verdict:
     """Run the tests on one mutant."""
     with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +102,10 @@ def main() -> None:
     verdicts: list[Verdict] = []
     for source in options.sources:
         command = shlex.split(options.command.replace("{stem}", source.stem))
+        if judge(unchanged(source), command, options.limit_s).killed:
+            raise SystemExit(
+                f"{source}: the tests fail or select nothing before anything is changed: {shlex.join(command)}"
+            )
         for mutant in mutants(source, options.only or tuple(MUTATIONS)):
             verdicts.append(judge(mutant, command, options.limit_s))
             last = verdicts[-1]

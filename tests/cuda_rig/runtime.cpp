@@ -26,8 +26,8 @@ enum Kind { RACE, OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, READ_ONLY, DIVERGED,
 enum Schedule { FIFO, LIFO, RANDOM, PREEMPT };
 
 struct Finding {
-    int kind, argument;  // argument: its number, -1 for shared memory, -2 for none
-    long long offset;    // in bytes
+    int kind, argument;  // argument: its number, -1 for shared memory, -2 for none, -3 for an array with a fixed size
+    long long offset;    // in bytes, of an array with a fixed size in elements
     unsigned block, thread, other_block, other_thread;
     const void* place;  // in the code, for addr2line
 };
@@ -367,7 +367,7 @@ int simt_block_barrier(int value, int operation, int line) {
     return block_results[generation % 2];
 }
 
-void simt_warp_exchange(unsigned mask, const void* mine, int size, void* all, int line) {
+void simt_warp_exchange(unsigned mask, const void* mine, int size, void* all, bool orders, int line) {
     const int warp = current / WARP, lane = current % WARP;
     const int lanes = std::min<int>(WARP, fibers.size() - warp * WARP);
     const unsigned there = lanes == WARP ? 0xffffffffu : (1u << lanes) - 1;
@@ -393,15 +393,16 @@ void simt_warp_exchange(unsigned mask, const void* mine, int size, void* all, in
     meeting->arrived |= 1u << lane;
     if (meeting->arrived == wanted) {
         ++meeting->generation, meeting->arrived = 0;
-        ++warp_epochs[warp];
+        if (orders) ++warp_epochs[warp];
         for (int i = 0; i < lanes; ++i)
             if (wanted >> i & 1) fibers[warp * WARP + i].waiting = false;
     } else {
         fibers[current].waiting = true;
         while (meeting->generation == generation) to_scheduler();
     }
+    std::memset(all, 0xff, WARP * size);  // what a card gives for a lane that takes no part is undefined
     for (int i = 0; i < WARP; ++i)
-        std::memcpy(static_cast<char*>(all) + i * size, meeting->values[generation % 2][i], size);
+        if (wanted >> i & 1) std::memcpy(static_cast<char*>(all) + i * size, meeting->values[generation % 2][i], size);
 }
 
 void simt_atomic_access(const void* at, int size) { check(at, size, true, true, true, size, __builtin_return_address(0)); }
@@ -458,4 +459,10 @@ SIMT_ACCESS(16)
 // What may be unaligned comes as a range.
 void __tsan_read_range(void* at, unsigned long size) { check_range(at, size, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* at, unsigned long size) { check_range(at, size, true, __builtin_return_address(0)); }
+
+// What -fsanitize=bounds calls: an index past the declared size, which may well lie in the next array or row.
+void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
+    report(OUT_OF_BOUNDS, -3, static_cast<long long>(index), __builtin_return_address(0));
+    abandon();
+}
 }

@@ -32,7 +32,8 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // Of runtime.cpp. `line` tells one call from another: threads that meet in different lines have diverged.
 int simt_block_barrier(int value, int operation, int line);
-void simt_warp_exchange(unsigned mask, const void* mine, int size, void* all, int line);  // all: 32 values
+// all: 32 values, 0xFF bytes from lanes that take no part. orders: memory too, which shuffles and votes do not.
+void simt_warp_exchange(unsigned mask, const void* mine, int size, void* all, bool orders, int line);
 unsigned simt_active_lane();
 void simt_atomic_access(const void* at, int size);
 }
@@ -47,13 +48,13 @@ inline int __syncthreads_or(int p, int line = __builtin_LINE()) { return simt_bl
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
     int nothing = 0, all[32];
-    simt_warp_exchange(mask, &nothing, sizeof nothing, all, line);
+    simt_warp_exchange(mask, &nothing, sizeof nothing, all, true, line);
 }
 
 template <typename T>
 struct SimtLanes {
     T of[32];
-    SimtLanes(unsigned mask, T mine, int line) { simt_warp_exchange(mask, &mine, sizeof mine, of, line); }
+    SimtLanes(unsigned mask, T mine, int line) { simt_warp_exchange(mask, &mine, sizeof mine, of, false, line); }
 };
 
 template <typename T>
@@ -145,6 +146,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline char4 make_char4(signed char x, signed char y, signed char z, signed char w) { return {x, y, z, w}; }
 
 inline float __half2float(__half x) { return float(x); }
@@ -168,11 +170,20 @@ inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) c += int(int8_t(a >> 8 * i)) * int(int8_t(b >> 8 * i));
     return c;
 }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+    for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
+    return c;
+}
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __mulhi(int a, int b) { return int(static_cast<long long>(a) * b >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(static_cast<unsigned long long>(a) * b >> 32); }
+inline long long __mul64hi(long long a, long long b) { return static_cast<long long>(static_cast<__int128>(a) * b >> 64); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 template <typename T>
 T __ldg(const T* at) { return *at; }
 using std::max;

@@ -6,8 +6,11 @@ access of memory passes the checker of runtime.cpp; what it found is in the Repo
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import hashlib
+import math
+import operator
 import os
 import platform
 import re
@@ -42,7 +45,11 @@ KINDS = (
     "diverged",
     "wrong mask",
 )
-GUARD_BYTES, ALIGNMENT = 4096, 256  # on both sides of an array; CUDA allocates at multiples of 256
+GUARD_BYTES = 4096  # on both sides of an array
+ALIGNMENT = 16  # of NumPy's allocations, and all that the widest vector needs: addresses keep their rest modulo this
+# A Tesla T4's limits, and those of every card since.
+MOST_GRID, MOST_BLOCK, MOST_THREADS, MOST_SHARED_BYTES = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 65536
+INSTRUMENTED = ("-fsanitize=thread", "-fsanitize=bounds")
 TYPES: dict[str, Any] = {
     "int": np.int32,
     "unsigned": np.uint32,
@@ -62,6 +69,7 @@ TYPES: dict[str, Any] = {
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)', re.DOTALL
 )
+_BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)[^)]*\)\s+(\w+)\s*\(")
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\s*\[\s*\]\s*;")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 
@@ -89,7 +97,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the checker saw. argument: the array's name, or "shared memory"; offset in bytes; line: of the source."""
+    """What the checker saw. argument: the array's name, "shared memory", or "a fixed size"; line: of the source.
+
+    offset: in bytes; where a declared size is exceeded, the index.
+    """
 
     kind: str
     kernel: str
@@ -164,7 +175,7 @@ def _module(text: str, checked: bool) -> Module:
 
 def _built(text: str, checked: bool) -> Path:
     whole = f'#line 1 "source.cu"\n{text}\n#line 1 "added by the rig"\n{_added(text)}'
-    instrumentation = ["-fsanitize=thread"] if checked else []
+    instrumentation = INSTRUMENTED if checked else ()
     runtime = _runtime()
     parts = [whole, *FLAGS, *instrumentation, (HERE / "simt.h").read_text("utf-8"), runtime.name]
     target = _folder() / f"{_digest(*parts)}.so"
@@ -215,7 +226,8 @@ def _gxx(arguments: Sequence[str], text: str | None = None) -> None:
 def _added(text: str) -> str:
     """What follows a source: its dynamic shared arrays, in the scopes that declare them, and a trampoline a kernel."""
     plain = 'extern "C" __attribute__((no_sanitize("thread"))) void'
-    arrays, told = [], []
+    arrays: list[str] = []
+    told: list[str] = []
     for kind, name, inside in _dynamic_arrays(text):
         array = f"alignas(256) __shared__ {kind} {name}[SIMT_DYNAMIC_BYTES / sizeof({kind})];"
         arrays.append(f"namespace {{ {array} }}" if inside else array)
@@ -267,6 +279,7 @@ class Module:
     def __init__(self, text: str, path: Path, checked: bool):
         self.kernels, self.checked, self._path, self._lines = parse(text), checked, path, text.splitlines()
         self._library = ctypes.CDLL(str(path))
+        self._most_threads = {name: int(most) for most, name in _BOUNDS.findall(_COMMENT.sub(" ", text))}
 
     def launch(
         self,
@@ -292,7 +305,14 @@ class Module:
             raise RigError(f"{name} takes {len(parameters)} arguments, {len(arguments)} were given")
         for parameter, argument in zip(parameters, arguments, strict=True):
             _check(name, parameter, argument)
-        shape = _dimensions(grid), _dimensions(block)
+        shape = _dimensions(name, "grid", grid, MOST_GRID), _dimensions(name, "block", block, MOST_BLOCK)
+        threads, most = math.prod(shape[1]), self._most_threads.get(name, MOST_THREADS)
+        if threads > most:
+            raise RigError(f"{name}: a block has 1 to {most} threads, found {threads}")
+        if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
+            raise RigError(f"{name}: {shared_bytes} bytes of shared memory, a block has {MOST_SHARED_BYTES}")
+        if schedule not in SCHEDULES:
+            raise RigError(f"there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
         with _ONE_AT_A_TIME:
             return self._launch(name, *shape, arguments, shared_bytes, schedule, seed, initialised)
 
@@ -307,21 +327,21 @@ class Module:
         seed: int,
         initialised: Sequence[NDArray[np.uint8] | None] | None,
     ) -> Report:
-        parameters, guarded, numbers = self.kernels[name], [], []
-        regions = (_Region * max(1, sum(parameter.is_array for parameter in parameters)))()
-        pointers = (ctypes.c_void_p * len(arguments))()
-        for number, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):
-            if parameter.is_array:
-                copy = _guarded(argument)
-                written = None if initialised is None else initialised[number]
-                regions[len(guarded)] = _Region(
-                    copy.ctypes.data, copy.nbytes, parameter.constant, None if written is None else written.ctypes.data
-                )
-                guarded.append((number, copy))
-                pointers[number] = copy.ctypes.data
-            else:
-                numbers.append(np.array([argument], parameter.dtype))
-                pointers[number] = numbers[-1].ctypes.data
+        parameters = self.kernels[name]
+        # Where arrays overlap, an access counts as one of the first region that has it: of one that may be written.
+        places = [number for number, parameter in enumerate(parameters) if parameter.is_array]
+        places.sort(key=lambda number: parameters[number].constant)
+        values = {number: np.array([argument]) for number, argument in enumerate(arguments) if number not in places}
+        guarded = dict(zip(places, _guarded([arguments[number] for number in places]), strict=True))
+        values |= guarded
+        regions = (_Region * max(1, len(places)))()
+        for region, number in enumerate(places):
+            copy, written = guarded[number], None if initialised is None else initialised[number]
+            regions[region] = _Region(
+                *(copy.ctypes.data, copy.nbytes, parameters[number].constant),
+                None if written is None else written.ctypes.data,
+            )
+        pointers = (ctypes.c_void_p * len(arguments))(*(values[number].ctypes.data for number in range(len(values))))
         findings = (_Finding * 16)()
         count = self._library.simt_launch(
             getattr(self._library, f"simt_kernel_{name}"),
@@ -337,14 +357,13 @@ class Module:
             self._library.simt_dynamic,
             findings,
         )
-        for number, copy in guarded:
+        for number, copy in guarded.items():
             if not parameters[number].constant:
                 arguments[number][...] = copy.reshape(arguments[number].shape)
-        places = [number for number, _ in guarded]
         return Report(tuple(self._finding(name, findings[i], places) for i in range(count)))
 
     def _finding(self, name: str, raw: _Finding, places: Sequence[int]) -> Finding:
-        arrays = {-1: "shared memory", -2: ""}
+        arrays = {-1: "shared memory", -2: "", -3: "a fixed size"}
         argument = arrays[raw.argument] if raw.argument < 0 else self.kernels[name][places[raw.argument]].name
         kind = KINDS[raw.kind]
         other = (raw.other_block, raw.other_thread) if kind == "race" else None
@@ -355,12 +374,11 @@ class Module:
         if not place or not shutil.which("addr2line"):
             return ""
         base = _base_address(self._library.simt_dynamic)
-        asked = ["addr2line", "-e", str(self._path), hex(place - 1 - base)]
-        found = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-        number = found.rpartition(":")[2].split()[0] if ":" in found else ""
-        if not number.isdecimal() or not 0 < int(number) <= len(self._lines):
-            return found
-        return f"{number}: {self._lines[int(number) - 1].strip()}"
+        asked = ["addr2line", "-i", "-e", str(self._path), hex(place - 1 - base)]
+        found = subprocess.run(asked, capture_output=True, text=True).stdout
+        # What is inlined comes first, simt.h's vectors and atomics among it: the source's own line is wanted.
+        number = re.search(r"source\.cu:(\d+)", found)
+        return f"{number[1]}: {self._lines[int(number[1]) - 1].strip()}" if number else ""
 
 
 _ONE_AT_A_TIME = threading.Lock()  # the runtime's fibers are those of one launch
@@ -381,9 +399,12 @@ def _base_address(function: Any) -> int:
     return info.base or 0
 
 
-def _dimensions(size: int | Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = (*((size,) if isinstance(size, int) else size), 1, 1)[:3]
-    return int(x), int(y), int(z)
+def _dimensions(kernel: str, what: str, size: int | Sequence[int], most: Sequence[int]) -> tuple[int, int, int]:
+    given = tuple(map(operator.index, size if isinstance(size, Sequence) else (size,)))
+    if len(given) > 3 or any(not 0 < n <= limit for n, limit in zip(given, most, strict=False)):
+        raise RigError(f"{kernel}: a {what} of {given} is not within 1 and {most}")
+    x, y, z = (*given, 1, 1, 1)[:3]
+    return x, y, z
 
 
 def _check(kernel: str, parameter: Parameter, argument: Any) -> None:
@@ -403,10 +424,23 @@ def _described(argument: Any) -> str:
     return f"{type(argument).__name__} {argument!r:.40}"
 
 
-def _guarded(array: NDArray[Any]) -> NDArray[Any]:
-    """A flat copy at a multiple of 256 with room on both sides, which small mistakes may overwrite without harm."""
-    room = np.empty(array.nbytes + 2 * GUARD_BYTES + ALIGNMENT, np.uint8)
-    begin = GUARD_BYTES + -(room.ctypes.data + GUARD_BYTES) % ALIGNMENT
-    copy = room[begin : begin + array.nbytes].view(array.dtype)
-    copy[...] = array.ravel()
-    return copy
+def _guarded(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Flat copies with room on both sides, which small mistakes may overwrite without harm.
+
+    Arrays that overlap do so in their copies, and what is misaligned stays so.
+    """
+    spans: list[tuple[int, int]] = []  # addresses, in order, of what has to stay in one piece
+    for begin, end in sorted((array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays):
+        if spans and begin < spans[-1][1]:
+            begin, end = spans[-1][0], max(spans.pop()[1], end)
+        spans.append((begin, end))
+    rooms = [np.empty(end - begin + 2 * GUARD_BYTES + ALIGNMENT, np.uint8) for begin, end in spans]
+    copies = []
+    for array in arrays:
+        address = array.ctypes.data
+        piece = bisect.bisect(spans, (address, math.inf)) - 1
+        start = GUARD_BYTES + (spans[piece][0] - rooms[piece].ctypes.data - GUARD_BYTES) % ALIGNMENT
+        at = start + address - spans[piece][0]
+        copies.append(rooms[piece][at : at + array.nbytes].view(array.dtype))
+        copies[-1][...] = array.ravel()
+    return copies
