@@ -7,14 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import minilpt
 
-for package in ("pyspark", "pandas", "pyarrow"):
-    pytest.importorskip(package, reason="needs PySpark, pandas and pyarrow: pip install 'minilpt[test-engines]'")
+if not all(map(find_spec, ("pyspark", "pandas", "pyarrow"))):
+    pytest.skip("needs PySpark, pandas and pyarrow: pip install 'minilpt[test-engines]'", allow_module_level=True)
 if shutil.which("java") is None:
     pytest.skip("Spark needs Java 17 or later: there is no java on the path", allow_module_level=True)
 
@@ -39,8 +40,8 @@ spark.stop()
 
 
 def test_both_ways_to_run_a_model_on_spark_answer_every_row_once(shared: Path, tmp_path: Path) -> None:
-    lines = (shared / "data" / "long" / "imdb_dev_2000.jsonl").open(encoding="utf-8")
-    texts = [json.loads(line)["text"] for line, _ in zip(lines, range(TEXTS), strict=False)]
+    lines = (shared / "data" / "long" / "imdb_dev_2000.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines[:TEXTS]]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     environment = os.environ | {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
     command = [sys.executable, "-c", PROGRAM]
