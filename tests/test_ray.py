@@ -23,22 +23,23 @@ import json, os, signal, sys
 import ray
 from minilpt.integrations import BatchPredictor, allotted_threads
 
+KILLED = os.path.abspath(sys.argv[2])
+
 class Mortal(BatchPredictor):
     def __call__(self, batch):
         answer = super().__call__(batch)
-        if 7 in batch["row"] and not os.path.exists(sys.argv[2]):
-            open(sys.argv[2], "x").close()
+        if 7 in batch["row"] and not os.path.exists(KILLED):
+            open(KILLED, "x").close()
             os.kill(os.getpid(), signal.SIGKILL)
         rows = len(batch["row"])
         return answer | {"process": [os.getpid()] * rows, "threads": [allotted_threads()] * rows}
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-sys.argv[1:] = [os.path.abspath(path) for path in sys.argv[1:]]
 rows = [{"row": row, "text": text} for row, text in enumerate(json.load(open(sys.argv[1])))]
 answers = ray.data.from_items(rows, override_num_blocks=8).map_batches(
     Mortal, fn_constructor_kwargs={"outputs": ["label", "score"]}, batch_size=5, num_cpus=1, concurrency=2
 )
-print(json.dumps(answers.drop_columns(["text"]).take_all()))
+json.dump(answers.drop_columns(["text"]).take_all(), open(sys.argv[3], "w"))
 """
 
 
@@ -47,12 +48,12 @@ def test_a_job_of_two_actors_answers_every_row_once_although_one_is_killed(share
     texts = [json.loads(line)["text"] for line in lines[:TEXTS]]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-c", PROGRAM, "texts.json", "killed"]
+    command = [sys.executable, "-c", PROGRAM, "texts.json", "killed", "answers.json"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads((tmp_path / "answers.json").read_text())
     assert (tmp_path / "killed").exists()
     assert sorted(row["row"] for row in found) == list(range(TEXTS))
     want = minilpt.load(threads=1).predict(texts)

@@ -24,6 +24,7 @@ PROGRAM = """
 import json
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
+from pyspark.sql.types import FloatType, StringType, StructField, StructType
 from minilpt.integrations import BatchPredictor
 
 local = {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
@@ -32,7 +33,8 @@ table = spark.createDataFrame(list(enumerate(json.load(open("texts.json")))), "r
 predict = BatchPredictor()
 
 mapped = table.mapInPandas(lambda batches: map(predict, batches), "row long, text string, label string, score float")
-answer = predict_batch_udf(predict.batch_function, return_type="label string, score float", batch_size=8)
+added = StructType([StructField("label", StringType()), StructField("score", FloatType())])
+answer = predict_batch_udf(predict.batch_function, return_type=added, batch_size=8)
 added = table.withColumn("answer", answer("text")).select("row", "answer.label", "answer.score")
 print(json.dumps([list(map(list, frame.select("row", "label", "score").collect())) for frame in (mapped, added)]))
 spark.stop()
