@@ -62,11 +62,12 @@ RULE = _record("kind denominator limit merge", floats="value")
 KEEP_ALL, ABSOLUTE, RELATIVE, COUNT = range(4)
 INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the number itself; limit: never more
 
-# Packed rows, and where the results go: logits (B, labels) float32, n_attention and n_ffn (L, B) int32. masses and kept
-# are 0, or a trace's (L, N) float32 and bool: each layer's live tokens come first in its row. Integer-only models give
-# int32 logits and int64 masses, and, unless `last` is 0, the 8-bit rows that the head reads, (B, D) int32.
+# Packed rows, and where the results go, or 0 for those that are not wanted: logits (B, labels) float32; rows, the last
+# layer's, (N, D) float32; n_attention and n_ffn (L, B) int32; masses and kept, a trace's, (L, N) float32 and bool: each
+# layer's live tokens come first in its row. Integer-only models give int32 logits, int64 masses and no rows, but in
+# `last` the 8-bit ones that the head reads, (B, D) int32.
 BATCH = _record(
-    "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits last n_attention n_ffn"
+    "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits rows last n_attention n_ffn"
     " masses kept"
 )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import backends, pruning, ragged
+from . import backends, cuda_device, pruning
+from .batches import flattened, in_batches, token_batch
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_config
+from .cuda_engine import CudaEngine, CudaProgram
+from .cuda_float import FloatCudaProgram
+from .cuda_integer import IntegerCudaProgram
+from .embeddings import POOLINGS, Embedding, means, normalized, read_embedding
 from .engine import Engine, Forward
-from .errors import DependencyError, InputError, MinilptWarning, PruningError, TokenizerError, UnsupportedModelError
+from .errors import (
+    BackendError,
+    DependencyError,
+    InputError,
+    MinilptWarning,
+    PruningError,
+    TokenizerError,
+    UnsupportedModelError,
+)
 from .explanation import Explanation, Token
 from .float_program import FloatProgram
+from .integer_model import load_integer_model
 from .integer_program import IntegerProgram
 from .numpy_engine import NumpyEngine
 from .pruning import KeepRule, Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
-from .weights import checkpoint
+from .truncation import Truncation
+from .weights import checkpoint, hub
 from .weights.resolve import resolve
 
 Float32 = NDArray[np.float32]
@@ -45,7 +59,8 @@ class Prediction:
     logits: the model's outputs. n_tokens: tokens that went in, special tokens included; n_truncated: tokens cut off.
     kept_tokens: per layer, how many tokens its feed-forward computed; the last layer computes the first token only.
     executed_flops: of the matrix products really run; dense_flops: of the unpruned, unpadded model, as counted in the
-    paper.
+    paper. n_windows: 1, or more for a long text under truncation="windows": then logits are the windows' aggregated
+    ones, and counts of tokens and FLOPs their sums.
     """
 
     label: str
@@ -57,6 +72,7 @@ class Prediction:
     kept_tokens: tuple[int, ...]
     executed_flops: int
     dense_flops: int
+    n_windows: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
@@ -70,22 +86,27 @@ def load(
     precision: str = "fp32",
     pruning: str | Path | Mapping[str, Any] | None = "auto",
     threads: int | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Classifier:
-    """Load a sequence classifier from a local folder or by a bundled name (None: the bundled default).
+    """Load a sequence classifier from a local folder, by a bundled name (None: the default), or from the hub.
 
-    The folder holds config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids
-    will be classified. pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither;
-    None is dense, a path names another ltp.json, a dict changes single keys of the folder's. device: "auto" or "cpu".
-    precision: "fp32", "int8", or "ibert", integers from the first table to the logits, for a folder that
-    `minilpt quantize` wrote or a checkpoint trained with I-BERT ("ibert-float-head": but for the head, as I-BERT).
-    threads: of the compiled kernels, by default one for each usable core; on NumPy they are BLAS's, set for the whole
-    process if given.
+    An encoder without a head, as those of sentence-transformers, loads too; it can `embed`. The folder holds
+    config.json, model.safetensors (or shards with an index), and a tokenizer unless only token ids will be classified.
+    pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither; None is dense, a
+    path names another ltp.json, a dict changes single keys of the folder's. device: "cpu", "cuda", or "auto", a GPU
+    where CuPy finds a usable one. precision: "fp32", "fp16" (GPU), "int8" (CPU), or "ibert", integers from the first
+    table to the logits, for a folder that `minilpt quantize` wrote or a checkpoint trained with I-BERT
+    ("ibert-float-head": but for the head, as I-BERT; CPU). threads: of the compiled kernels, by default one for each
+    usable core; on NumPy they are BLAS's, set for the whole process if given.
+    "org/name" is a repository of the hub, unless a folder here has that path: it is downloaded once, into the cache of
+    huggingface_hub. revision: its branch, tag or commit hash. local_files_only: take what the cache holds.
 
-    Raises UnknownModelError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or BackendError. A
-    missing tokenizer is an error only when texts are asked for.
+    Raises UnknownModelError, HubError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or
+    BackendError. A missing tokenizer is an error only when texts are asked for.
     """
     backend = backends.choose(device, precision, threads)
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     config = read_config(folder)
     chosen = pruning_of(folder, config, pruning)
     engine = _engine(folder, config, chosen.rule if chosen else None, backend)
@@ -98,14 +119,25 @@ def load(
 
 def _engine(folder: Path, config: ModelConfig, rule: KeepRule | None, backend: backends.Backend) -> Engine:
     """The weights, ready to run as the backend says."""
-    if backend.precision in backends.INTEGER_PRECISIONS:
-        head = backend.precision == "ibert-float-head"
-        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
-    if config.quant_mode:
+    integers = backend.precision in backends.INTEGER_PRECISIONS
+    if integers and not config.labels:
+        raise _no_embeddings_in(backend)
+    if config.quant_mode and not integers:
         raise UnsupportedModelError(
             f"{folder / 'config.json'}: quant_mode is true: these weights are for integers; load them with "
             f'precision="ibert", and take the float model for everything else'
         )
+    if backend.name == "cuda":
+        device = cuda_device.find()
+        program: CudaProgram
+        if integers:
+            program = IntegerCudaProgram(config, load_integer_model(folder, config), device)
+        else:
+            program = FloatCudaProgram(config, checkpoint.load_weights(folder, config), backend.precision, device)
+        return CudaEngine(config, program, rule, backend, device)
+    if integers:
+        head = backend.precision == "ibert-float-head"
+        return CompiledEngine(config, IntegerProgram.load(folder, config, float_head=head), rule, backend)
     if backend.name == "numpy":
         return NumpyEngine(config, checkpoint.load_weights(folder, config), rule, backend)
     stored = FloatProgram.as_stored(config, backend.precision)
@@ -133,6 +165,12 @@ class Classifier:
         return self._engine
 
     @property
+    def commit(self) -> str | None:
+        """The commit hash of a model from the hub."""
+        found = hub.origin(self.folder)
+        return found and found[1]
+
+    @property
     def classes_(self) -> NDArray[np.str_]:
         """Label names in the order of the outputs, (labels,)."""
         return np.array(self.config.labels)
@@ -144,8 +182,13 @@ class Classifier:
 
     @property
     def max_tokens(self) -> int:
-        """Longest input in tokens, special tokens included; longer texts are cut and say so in `n_truncated`."""
+        """Longest input in tokens, special tokens included; `predict` says what becomes of longer ones."""
         return self._text_encoder().max_tokens
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The folder's tokenizer under the model's limits. Raises TokenizerError if there is none."""
+        return self._text_encoder()
 
     def with_pruning(self, pruning: str | Path | Mapping[str, Any] | Pruning | None) -> Classifier:
         """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is.
@@ -173,6 +216,9 @@ class Classifier:
         batch_tokens: int = BATCH_TOKENS,
         progress: bool = False,
         flops_ratio: float | None = None,
+        truncation: str | None = None,
+        stride: int | None = None,
+        aggregate: str | None = None,
     ) -> list[Prediction]:
         """Classify texts, pairs `(a, b)` or `{"text": a, "text_pair": b}`, in any iterable; a list in the same order.
 
@@ -180,18 +226,19 @@ class Classifier:
         logits are bit for bit independent of the others. progress: a bar on stderr. flops_ratio: prune as the point of
         the frontier in ltp.json that spends the most within this share of the dense counted FLOPs (a mean over the
         texts it was calibrated on); 1 is the dense model.
-        Raises InputError for anything that is not a text or a pair, TokenizerError if the model has no tokenizer,
-        PruningError if the frontier has no such point or there is none.
+        truncation: what becomes of a text of more than `max_tokens` tokens. "head" keeps its first tokens, "tail" its
+        last, "head_tail" a quarter from the beginning and the rest from the end; of a pair the longer text is cut
+        first. "windows" runs it as several sequences that share `stride` tokens and aggregates their logits, label by
+        label: "mean" (the default), "max" or "first". "error" refuses it. None is "head", or "tail" where
+        tokenizer_config.json has truncation_side "left". docs/long-texts.md has the details.
+        Raises InputError for anything that is not a text or a pair, or cannot be cut as wanted; TokenizerError if the
+        model has no tokenizer, UnsupportedModelError if it has no classification head, PruningError if the frontier has
+        no such point or there is none.
         """
-        if flops_ratio is not None:
-            return self.with_flops_ratio(flops_ratio).predict(texts, batch_tokens=batch_tokens, progress=progress)
-        items = text_items(texts)
-        predictions: dict[int, Prediction] = {}
-        for indices, encoded, result in self._batches(items, batch_tokens, progress):
-            scores = self._activated(result.logits)
-            for row, index in enumerate(indices):
-                predictions[index] = self._prediction(result, row, scores[row], encoded[row])
-        return [predictions[index] for index in range(len(items))]
+        cut = Truncation(truncation, stride, aggregate)
+        encoded, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)
+        scores = self._activated(result.logits)
+        return [self._prediction(result, index, scores[index], found) for index, found in enumerate(encoded)]
 
     def predict_proba(
         self,
@@ -200,10 +247,13 @@ class Classifier:
         batch_tokens: int = BATCH_TOKENS,
         progress: bool = False,
         flops_ratio: float | None = None,
+        truncation: str | None = None,
+        stride: int | None = None,
+        aggregate: str | None = None,
     ) -> Float32:
         """The scores of every label, (texts, labels) float32, columns as in `classes_`; options as in `predict`."""
-        logits = self.logits(texts, batch_tokens=batch_tokens, progress=progress, flops_ratio=flops_ratio)
-        return self._activated(logits)
+        cut = Truncation(truncation, stride, aggregate)
+        return self._activated(self._classified(texts, batch_tokens, progress, flops_ratio, cut)[1].logits)
 
     def logits(
         self,
@@ -212,15 +262,51 @@ class Classifier:
         batch_tokens: int = BATCH_TOKENS,
         progress: bool = False,
         flops_ratio: float | None = None,
+        truncation: str | None = None,
+        stride: int | None = None,
+        aggregate: str | None = None,
     ) -> Float32:
         """The model's outputs before any activation, (texts, labels) float32; options as in `predict`."""
-        if flops_ratio is not None:
-            return self.with_flops_ratio(flops_ratio).logits(texts, batch_tokens=batch_tokens, progress=progress)
-        items = text_items(texts)
-        out = np.zeros((len(items), len(self.config.labels)), np.float32)
-        for indices, _, result in self._batches(items, batch_tokens, progress):
-            out[indices] = result.logits
-        return out
+        cut = Truncation(truncation, stride, aggregate)
+        return self._classified(texts, batch_tokens, progress, flops_ratio, cut)[1].logits
+
+    def embed(
+        self,
+        texts: Item | Iterable[Item],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+        truncation: str | None = None,
+        stride: int | None = None,
+        aggregate: str | None = None,
+    ) -> Float32:
+        """Embeddings, (texts, D) float32: the last layer's rows, pooled. With or without a classification head.
+
+        pooling: "mean" of a text's rows, special tokens' too, or "cls", the first row. A pruned model's mean is over
+        the rows that its last layer keeps. normalize: to length 1. Without pooling, a sentence-transformers folder's
+        modules.json says both (normalize, if given, wins); else they are "mean" and True. The other options are as in
+        `predict`; windows' embeddings are aggregated before they are normalised.
+        Raises as `predict` does, InputError for an unknown pooling, UnsupportedModelError for a modules.json with other
+        modules, BackendError where the precision has integers only.
+        """
+        if pooling is not None and pooling not in POOLINGS:
+            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, found {pooling!r}")
+        if self.backend.precision in backends.INTEGER_PRECISIONS:
+            raise _no_embeddings_in(self.backend)
+        stated = read_embedding(self.folder) if pooling is None else Embedding(pooling)
+        first_only = stated.pooling == "cls"  # whose mean is that row itself
+        cut = Truncation(truncation, stride, aggregate)
+        sequences, starts = flattened(self._text_encoder().sequences(text_items(texts), cut))
+
+        def run(batch: TokenBatch) -> list[NDArray[Any]]:
+            return [means(*self._engine.last_rows(batch, first_only=first_only))]
+
+        (vectors,) = in_batches(self.config, sequences, batch_tokens, progress, run)
+        vectors = cut.aggregated(vectors, starts)
+        wanted = stated.normalize if normalize is None else normalize
+        return (normalized(vectors) if wanted else vectors).astype(np.float32)
 
     def forward(
         self,
@@ -245,7 +331,8 @@ class Classifier:
         for at, (tokens, kinds) in enumerate(zip(ids, segments, strict=True)):
             if len(tokens) != len(kinds):
                 raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
-        return self._run(ids, segments, trace=trace)
+        self.require_head()
+        return self._engine.run(token_batch(self.config, ids, segments), trace=trace)
 
     def explain(self, text: Item) -> Explanation:
         """One text or pair, with the layer at which each of its tokens was removed and the scores that decided it.
@@ -297,40 +384,44 @@ class Classifier:
             raise InputError(f"sequence {at}: {kind} id {outside[0]} has no row; the model has rows 0 to {rows - 1}")
         return array.astype(np.int32)
 
-    def _run(
-        self, ids: Sequence[NDArray[np.int32]], segments: Sequence[NDArray[np.int32]], *, trace: bool = False
-    ) -> Forward:
-        config = self.config
-        empty = [np.zeros(0, np.int32)]
-        positions = [
-            ragged.positions(row, offset=config.position_offset, pad_token_id=config.pad_token_id) for row in ids
-        ]
-        batch = TokenBatch(
-            np.concatenate([*empty, *ids]),
-            np.concatenate([*empty, *positions]),
-            np.concatenate([*empty, *segments]),
-            ragged.boundaries([len(row) for row in ids]),
-        )
-        return self._engine.run(batch, trace=trace)
+    def require_head(self) -> None:
+        """Raise UnsupportedModelError if this is an encoder without a classification head."""
+        if not self.config.labels:
+            raise UnsupportedModelError(
+                f"{self.folder}: this {self.config.model_type} encoder has no classification head: embed() is what it "
+                f"is for; to classify, load a checkpoint that was fine-tuned for sequence classification"
+            )
 
     def _text_encoder(self) -> TextEncoder:
         if isinstance(self._encoder, TextEncoder):
             return self._encoder
         raise type(self._encoder)(*self._encoder.args)  # a new one each time, or its traceback would grow
 
-    def _batches(
-        self, items: list[TextOrPair], batch_tokens: int, progress: bool
-    ) -> Iterator[tuple[list[int], list[Encoded], Forward]]:
-        """Every item once, in batches of similar length: (places in items, their encodings, the result)."""
-        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
-            raise InputError(f"batch_tokens must be a positive integer, found {batch_tokens!r}")
-        encoded = self._text_encoder().encode(items)
-        with progress_bar(len(items), True) if progress else nullcontext() as bar:  # tqdm takes 20 ms to import
-            for indices in _by_length([len(item.ids) for item in encoded], batch_tokens):
-                members = [encoded[index] for index in indices]
-                yield indices, members, self._run([m.ids for m in members], [m.segments for m in members])
-                if bar is not None:
-                    bar.update(len(indices))
+    def _classified(
+        self,
+        texts: Item | Iterable[Item],
+        batch_tokens: int,
+        progress: bool,
+        flops_ratio: float | None,
+        truncation: Truncation,
+    ) -> tuple[list[list[Encoded]], Forward]:
+        """Every text's sequences, and a record of the run with a column for each text."""
+        self.require_head()
+        model = self if flops_ratio is None else self.with_flops_ratio(flops_ratio)
+        encoded = self._text_encoder().sequences(text_items(texts), truncation)
+        sequences, starts = flattened(encoded)
+
+        def run(batch: TokenBatch) -> list[NDArray[Any]]:
+            result = model.engine.run(batch)
+            return [result.logits, result.kept_tokens.T, result.executed_flops, result.dense_flops]
+
+        logits, *counts = in_batches(self.config, sequences, batch_tokens, progress, run)
+        kept, executed, dense = (np.add.reduceat(count, starts, axis=0, dtype=count.dtype) for count in counts)
+        return encoded, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
+
+    def activated(self, logits: Float32) -> Float32:
+        """The scores that `predict` gives for these logits, (B, labels) float32."""
+        return self._activated(logits)
 
     def _activated(self, logits: Float32) -> Float32:
         """By problem_type: regression none; multi-label, or one label: sigmoid; else softmax. (B, labels)."""
@@ -342,7 +433,7 @@ class Classifier:
         exp = np.exp(wide - wide.max(axis=1, keepdims=True, initial=-np.inf))
         return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    def _prediction(self, result: Forward, row: int, scores: Float32, encoded: Encoded) -> Prediction:
+    def _prediction(self, result: Forward, row: int, scores: Float32, sequences: list[Encoded]) -> Prediction:
         best = int(scores.argmax())
         named = dict(zip(self.config.labels, scores.tolist(), strict=True))
         return Prediction(
@@ -350,12 +441,19 @@ class Classifier:
             score=float(scores[best]),
             scores=named,
             logits=tuple(result.logits[row].tolist()),
-            n_tokens=len(encoded.ids),
-            n_truncated=encoded.n_truncated,
+            n_tokens=sum(len(sequence.ids) for sequence in sequences),
+            n_truncated=sequences[0].n_truncated,
             kept_tokens=tuple(result.kept_tokens[:, row].tolist()),
             executed_flops=int(result.executed_flops[row]),
             dense_flops=int(result.dense_flops[row]),
+            n_windows=len(sequences),
         )
+
+
+def _no_embeddings_in(backend: backends.Backend) -> BackendError:
+    return BackendError(
+        f'precision "{backend.precision}" is for classifiers: it has no embeddings; take "fp32" or "int8"'
+    )
 
 
 def pruning_of(folder: Path, config: ModelConfig, wanted: str | Path | Mapping[str, Any] | None) -> Pruning | None:
@@ -415,24 +513,3 @@ def _item(index: int, item: object) -> TextOrPair:
 
 def _is_text_record(item: Mapping[Any, Any]) -> bool:
     return set(item) in ({"text"}, {"text", "text_pair"}) and all(isinstance(part, str) for part in item.values())
-
-
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of the sequences, longest first, in batches of at most batch_tokens tokens (one sequence at least)."""
-    batch: list[int] = []
-    total = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and total + lengths[index] > batch_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(index)
-        total += lengths[index]
-    if batch:
-        yield batch
-
-
-def progress_bar(total: float | None, wanted: bool, unit: str = "text") -> Any:
-    """A tqdm bar on stderr, silent unless wanted."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=unit, disable=not wanted)

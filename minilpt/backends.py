@@ -7,23 +7,24 @@ import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from . import cuda_device
 from .errors import BackendError, MinilptWarning
 from .kernels import bundled, compiled, isa
 from .threads import usable_cores
 
 DEVICES = ("auto", "cpu", "cuda")
 INTEGER_PRECISIONS = ("ibert", "ibert-float-head")  # the second: with I-BERT's own head, for comparison
-PRECISIONS = ("fp32", "int8", *INTEGER_PRECISIONS)
-
-# Device -> why it cannot be used. A backend that arrives takes its device off this table.
-UNAVAILABLE = {"cuda": "this release of minilpt has CPU kernels only"}
+PRECISIONS = ("fp32", "fp16", "int8", *INTEGER_PRECISIONS)
+CUDA_PRECISIONS = ("fp32", "fp16", "ibert")
+CPU_PRECISIONS = ("fp32", "int8", *INTEGER_PRECISIONS)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """name: "numba" or "numpy"; threads: of this engine, or BLAS's for numpy; rung: the instruction set, if numba.
+    """name: "numba", "numpy" or "cuda"; threads: of this engine, or BLAS's for numpy, or the host's one for cuda.
 
-    reason: why the compiled kernels are not used, if they are not.
+    rung: the instruction set, "sm_75" and the like for cuda; reason: why the compiled kernels are not used, if they are
+    not.
     """
 
     name: str
@@ -37,20 +38,28 @@ class Backend:
 def choose(device: str, precision: str, threads: int | None) -> Backend:
     """The backend for these wishes; BackendError says why there is none.
 
-    Compiled kernels run on `threads` threads of their own, by default one for each usable core. Where Numba is missing
-    NumPy takes over in fp32, with one warning; its products run on BLAS, which has one thread count for the whole
-    process: `threads` sets it, None leaves it as it is.
+    "auto" takes a GPU where CuPy is installed, a card answers and the precision is one of CUDA_PRECISIONS; where CuPy
+    is installed but finds nothing that it can use, one warning says why, and the CPU runs. Compiled kernels run on
+    `threads` threads of their own, by default one for each usable core. Where Numba is missing NumPy takes over in
+    fp32, with one warning; its products run on BLAS, which has one thread count for the whole process: `threads` sets
+    it, None leaves it as it is.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-    if device in UNAVAILABLE:
-        raise BackendError(f'device {device!r} is not available: {UNAVAILABLE[device]}; use device="cpu"')
     if precision not in PRECISIONS:
-        raise BackendError(
-            f"precision {precision!r} is not available in this release; use one of {', '.join(PRECISIONS)}"
-        )
+        raise BackendError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a positive integer or None, found {threads!r}")
+    if device == "cuda":
+        return _cuda(precision)
+    if device == "auto" and precision in CUDA_PRECISIONS and cuda_device.installed():
+        try:
+            return _cuda(precision)
+        except BackendError as error:
+            warnings.warn(f"{error}; running on the CPU", MinilptWarning, stacklevel=3)
+    if precision not in CPU_PRECISIONS:
+        reason = 'device is "cpu"' if device == "cpu" else cuda_device.why_not()
+        raise BackendError(f"precision {precision!r} needs a GPU: {reason}")
     reason = _why_not_compiled()
     if reason is None:
         try:
@@ -64,6 +73,18 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
         raise BackendError(f"precision {precision!r} needs the compiled kernels: {reason}")
     warnings.warn(f"{reason}; running on NumPy, which is slower", MinilptWarning, stacklevel=3)
     return Backend("numpy", "cpu", precision, _blas_threads(threads), reason=reason)
+
+
+def _cuda(precision: str) -> Backend:
+    if precision not in CUDA_PRECISIONS:
+        raise BackendError(f'device "cuda" has precision {", ".join(CUDA_PRECISIONS)}, not {precision!r}')
+    return Backend("cuda", "cuda", precision, 1, f"sm_{cuda_device.find().capability}")
+
+
+def unavailable() -> dict[str, str]:
+    """Backend -> why it cannot be used, of those that cannot. Imports CuPy where it is installed."""
+    reasons = {"cuda": cuda_device.why_not(), "numba": _why_not_compiled()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _why_not_compiled() -> str | None:

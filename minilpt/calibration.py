@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plots, pruning, ragged, threshold_search
-from .api import Classifier, Item, progress_bar, text_items
+from .api import Classifier, Item, text_items
+from .batches import progress_bar
 from .config import ModelConfig
 from .engine import Forward
 from .errors import CalibrationError, InputError, MinilptWarning

@@ -1,4 +1,4 @@
-"""The command line: `minilpt predict | explain | calibrate | quantize | eval | bundle | info | ...`.
+"""The command line: `minilpt predict | embed | explain | serve | calibrate | quantize | eval | bundle | doctor | ...`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that minilpt explains, 2 wrong usage
 (and 130 when interrupted).
@@ -12,33 +12,47 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from . import __version__, backends, records
-from .api import BATCH_TOKENS, Classifier, Prediction, load, progress_bar, pruning_of
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__, backends, cuda_device, records
+from .api import BATCH_TOKENS, Classifier, Prediction, load, pruning_of
+from .batches import progress_bar
 from .bundling import RUNGS, bundle, zipped
 from .calibration import MOST_TEXTS, Calibration, Point, calibrate
 from .config import read_config
 from .doctor import examine
-from .errors import BackendError, MinilptError
+from .embeddings import POOLINGS
+from .errors import BackendError, DependencyError, InputError, MinilptError
 from .evaluate import evaluate, machine
-from .files import write_whole
+from .files import whole, write_whole
 from .golden import export_golden
 from .kernels import compiled, isa
+from .kernels.cuda import Geometry
+from .kernels.cuda.float_kernels import FloatKernels
+from .kernels.cuda.integer_kernels import IntegerKernels
 from .pruning import FILE_NAME
 from .ranges import quantize_model
+from .serving.options import ServeOptions, add_flags
 from .tasks import TASKS, dev_file, read_examples
 from .text import TextOrPair
-from .weights.resolve import DEFAULT, bundled_names, resolve
+from .truncation import AGGREGATES, MODES
+from .weights import hub
+from .weights.resolve import DEFAULT, bundled_names, is_hub_name, resolve
 
 # Texts read, classified and printed at a time, so that a file of any length runs in bounded memory.
 CHUNK = 1024
+MODEL_HELP = "a bundled name, a folder, or the hub's org/name"
+Answer = TypeVar("Answer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,15 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", help="classify texts")
-    predict.add_argument("texts", nargs="*", metavar="TEXT")
-    predict.add_argument("--input", metavar="FILE", help="classify the rows of a file instead; - is standard input")
-    _add_input_options(predict)
+    _add_text_options(predict)
     predict.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
     predict.add_argument("--format", choices=("jsonl", "table"), default="jsonl", help="of the output")
-    predict.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
-    _add_progress_option(predict, "with --input, on a terminal")
     _add_model_options(predict)
     predict.set_defaults(run=_predict, usage_error=predict.error)
+
+    embed = commands.add_parser("embed", help="turn texts into vectors")
+    _add_text_options(embed)
+    embed.add_argument("--pooling", choices=POOLINGS, help="default: what the model's folder says, else mean")
+    embed.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="to length 1; default: as --pooling"
+    )
+    embed.add_argument("--out", metavar="FILE", help="a .npy or .jsonl file; default: JSON lines on standard output")
+    _add_model_options(embed)
+    embed.set_defaults(run=_embed, usage_error=embed.error)
 
     explain = commands.add_parser("explain", help="show at which layer each token of a text was removed")
     explain.add_argument("text", metavar="TEXT")
@@ -105,8 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(explain)
     explain.set_defaults(run=_explain)
 
+    server = commands.add_parser("serve", help="serve a model over HTTP, as text-embeddings-inference does")
+    server.add_argument("model", nargs="?", default=os.environ.get("MODEL_ID"), metavar="MODEL", help="($MODEL_ID)")
+    server.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
+    server.add_argument("--flops-ratio", type=float, metavar="R", help="prune to this share of the dense FLOPs")
+    _add_revision_option(server)
+    _add_engine_options(server)
+    add_flags(server)
+    server.set_defaults(run=_serve)
+
     calibration = commands.add_parser("calibrate", help="find pruning thresholds for a model on texts without labels")
-    calibration.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    calibration.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(calibration)
     calibration.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(calibration)
     calibration.add_argument("--flops-ratio", type=float, metavar="R", help="spend this share of the dense FLOPs")
@@ -132,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     calibration.set_defaults(run=_calibrate, usage_error=calibration.error)
 
     quantization = commands.add_parser("quantize", help="write a model's folder for integer-only inference")
-    quantization.add_argument("model", metavar="MODEL", help="a bundled name or a folder")
+    quantization.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_revision_option(quantization)
     quantization.add_argument("input", metavar="FILE", help="some hundred texts of the kind that the model will see")
     _add_input_options(quantization)
     quantization.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -150,8 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("model", metavar="MODEL", help="a folder that minilpt quantize wrote, or trained with I-BERT")
     golden.add_argument("texts", nargs="+", metavar="TEXT")
     golden.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    _add_revision_option(golden)
     golden.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
-    golden.set_defaults(run=_export_golden, threads=None, precision="ibert")
+    golden.set_defaults(run=_export_golden, threads=None, precision="ibert", device="cpu")
 
     commands.add_parser("models", help="list the bundled models").set_defaults(run=_models)
 
@@ -178,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into the cache, as into a container image")
+    warmup.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: cpu")
     warmup.set_defaults(run=_warmup)
 
     evaluation = commands.add_parser("eval", help="a task's metrics, FLOPs and time, dense beside pruned")
@@ -189,6 +222,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(evaluation)
     evaluation.set_defaults(run=_eval)
     return parser
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--input", metavar="FILE", help="take the rows of a file instead; - is standard input")
+    _add_input_options(parser)
+    parser.add_argument("--truncation", choices=MODES, help="of long texts (default: what the tokenizer says, or head)")
+    parser.add_argument("--stride", type=_count, metavar="N", help="tokens that windows share (default: 0)")
+    parser.add_argument("--aggregate", choices=AGGREGATES, help="of windows (default: mean)")
+    parser.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, metavar="N")
+    _add_progress_option(parser, "with --input, on a terminal")
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -207,14 +251,20 @@ def _add_progress_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help=f"a bundled name or a folder (default: {DEFAULT})")
+    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT})")
+    _add_revision_option(parser)
     parser.add_argument("--pruning", default="auto", metavar="auto|off|FILE", help="default: what the model holds")
     _add_engine_options(parser)
+
+
+def _add_revision_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit hash of a model on the hub")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one for each usable core")
     parser.add_argument("--precision", choices=backends.PRECISIONS, default="fp32", help="default: fp32")
+    parser.add_argument("--device", choices=backends.DEVICES, default="auto", help="default: a GPU if one is usable")
 
 
 def _positive(text: str) -> int:
@@ -223,26 +273,89 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _load(options: argparse.Namespace) -> Classifier:
     pruning = None if options.pruning == "off" else options.pruning
-    model = load(options.model, pruning=pruning, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=pruning,
+        threads=options.threads,
+        precision=options.precision,
+        device=options.device,
+        revision=options.revision,
+    )
     ratio = getattr(options, "flops_ratio", None)
     return model if ratio is None else model.with_flops_ratio(ratio)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    if bool(options.texts) == (options.input is not None):
-        options.usage_error("give texts or --input FILE, one of the two")
+    _check_texts(options)
     model = _load(options)
     write = _write_table if options.format == "table" else _write_jsonl
+    header, cut = True, Counter[str]()
+    for texts, predictions in _in_chunks(options, partial(model.predict, **_text_settings(options))):
+        write(texts, predictions, header)
+        sys.stdout.flush()
+        lost = [prediction.n_truncated for prediction in predictions if prediction.n_truncated]
+        header, cut = False, cut + Counter(texts=len(lost), tokens=sum(lost))
+    if cut:
+        print(f"minilpt: texts cut: {cut['texts']}, by {cut['tokens']} tokens; see --truncation", file=sys.stderr)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    _check_texts(options)
+    out = Path(options.out) if options.out else None
+    if out and (out.suffix not in (".npy", ".jsonl") or not out.parent.is_dir()):
+        options.usage_error(f"--out {out}: a .npy or .jsonl file in a folder that is there was expected")
+    model = _load(options)
+    embed = partial(model.embed, pooling=options.pooling, normalize=options.normalize, **_text_settings(options))
+    chunks = (vectors for _, vectors in _in_chunks(options, embed))
+    if out and out.suffix == ".npy":
+        vectors = np.concatenate([np.zeros((0, model.config.width), np.float32), *chunks])
+        with whole(out) as file:
+            np.save(file, vectors)
+    elif out:
+        with whole(out) as file:
+            file.writelines(f"{line}\n".encode() for line in _json_lines(chunks))
+    else:
+        for line in _json_lines(chunks):
+            print(line)
+
+
+def _json_lines(chunks: Iterator[NDArray[np.float32]]) -> Iterator[str]:
+    """One object for each vector, with its float32 values to the last bit."""
+    return (json.dumps({"embedding": vector}) for vectors in chunks for vector in vectors.tolist())
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    if bool(options.texts) == (options.input is not None):
+        options.usage_error("give texts or --input FILE, one of the two")
+    if options.truncation != "windows" and (options.stride is not None or options.aggregate is not None):
+        options.usage_error("--stride and --aggregate are for --truncation windows")
+
+
+def _text_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch_tokens", "truncation", "stride", "aggregate")}
+
+
+def _in_chunks(
+    options: argparse.Namespace, answer: Callable[[list[TextOrPair]], Answer]
+) -> Iterator[tuple[list[TextOrPair], Answer]]:
+    """The texts, CHUNK at a time, with their answers, and progress shown; an error counts from its chunk on."""
     wanted = options.input is not None and sys.stderr.isatty() if options.progress is None else options.progress
+    done = 0
     with _texts(options) as texts, progress_bar(None, wanted) as bar:
-        header = True
         while chunk := list(islice(texts, CHUNK)):
-            write(chunk, model.predict(chunk, batch_tokens=options.batch_tokens), header)
-            sys.stdout.flush()
+            try:
+                found = answer(chunk)
+            except InputError as error:
+                raise InputError(f"after {done} texts: {error}" if done else str(error)) from None
+            yield chunk, found
             bar.update(len(chunk))
-            header = False
+            done += len(chunk)
 
 
 @contextmanager
@@ -303,9 +416,25 @@ def _explain(options: argparse.Namespace) -> None:
         print(json.dumps(found.to_dict(), ensure_ascii=False) if options.format == "json" else found.to_ansi())
 
 
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from .serving.server import serve
+    except ImportError as error:
+        raise DependencyError(f"serving needs {error.name}: pip install 'minilpt[serve]'") from None
+    found = ServeOptions.of(options)
+    serve(_load(options), found, options.model or DEFAULT)
+
+
 def _calibrate(options: argparse.Namespace) -> int:
     target = _where_to_save(options)
-    model = load(options.model, pruning=None, threads=options.threads, precision=options.precision)
+    model = load(
+        options.model,
+        pruning=None,
+        threads=options.threads,
+        precision=options.precision,
+        device=options.device,
+        revision=options.revision,
+    )
     with _rows(options) as rows:
         read = list(rows)
     texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in read]
@@ -330,7 +459,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    model = load(options.model, pruning=None, threads=options.threads)
+    model = load(options.model, pruning=None, threads=options.threads, device="cpu", revision=options.revision)
     with _rows(options) as rows:
         texts = [records.text_of(place, row, options.text_column, options.pair_column) for place, row in rows]
     wanted = sys.stderr.isatty() if options.progress is None else options.progress
@@ -352,11 +481,13 @@ def _export_golden(options: argparse.Namespace) -> None:
 
 def _where_to_save(options: argparse.Namespace) -> Path:
     """The file or folder, looked at before the search begins."""
-    folder = resolve(options.model)
     if options.out:
         if not Path(options.out).parent.is_dir():
             options.usage_error(f"--out {options.out}: there is no folder {Path(options.out).parent}")
         return Path(options.out)
+    if is_hub_name(options.model):
+        options.usage_error(f"--out FILE is needed: {options.model} is on the hub")
+    folder = resolve(options.model, revision=options.revision)
     if options.model in bundled_names():
         options.usage_error(f"--out FILE is needed: {options.model} is a bundled model")
     if (folder / FILE_NAME).exists():
@@ -390,9 +521,9 @@ def _models(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     """Looks only: weights are not read and kernels not compiled."""
-    backend = backends.choose("auto", options.precision, options.threads)
-    folder = resolve(options.model)
-    config = read_config(folder)
+    backend = backends.choose(options.device, options.precision, options.threads)
+    folder = resolve(options.model, revision=options.revision)
+    config, origin = read_config(folder), hub.origin(folder)
     pruning = pruning_of(folder, config, None if options.pruning == "off" else options.pruning)
     facts: dict[str, Any] = {
         "minilpt": __version__,
@@ -402,12 +533,14 @@ def _info(options: argparse.Namespace) -> None:
             "device": backend.device,
             "precision": backend.precision,
             "threads": backend.threads,
-            "unavailable": backends.UNAVAILABLE | ({"numba": backend.reason} if backend.reason else {}),
-            "compiled": _compiled() if backend.rung else None,
+            "rung": backend.rung,
+            "unavailable": backends.unavailable(),
+            "compiled": _compiled() if backend.name == "numba" else None,
         },
         "bundled": bundled_names(),
         "model": {
             "folder": str(folder),
+            "commit": origin and origin[1],
             "model_type": config.model_type,
             "layers": config.layers,
             "heads": config.heads,
@@ -446,7 +579,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> None:
-    backend = backends.choose("auto", "fp32", None)
+    if options.device == "cuda":
+        device = cuda_device.find()
+        for kernels in (FloatKernels(device.cp, Geometry(), "float32"), IntegerKernels(device.cp, Geometry())):
+            cuda_device.compile_kernels(kernels, device)
+        print(f"sm_{device.capability}: kept by CuPy, in ~/.cupy/kernel_cache or CUPY_CACHE_DIR")
+        return
+    backend = backends.choose("cpu", "fp32", None)
     if backend.rung is None:
         raise BackendError(f"there is nothing to compile: {backend.reason}")
     for part in compiled.PARTS:

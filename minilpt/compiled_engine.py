@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, outcome
+from .engine import Forward, LastRows, outcome
 from .kernels import blocks, compiled
 from .pruning import KeepRule
 from .ragged import TokenBatch
@@ -49,6 +49,14 @@ class Rules(NamedTuple):
 
     records: NDArray[np.void]
     counts: NDArray[np.int32] | None = None
+
+
+class Wanted(NamedTuple):
+    """Of a run. first_row_only: of the last layer; rows: that layer's, instead of logits."""
+
+    first_row_only: bool
+    trace: bool = False
+    rows: bool = False
 
 
 class Program(Protocol):
@@ -107,16 +115,7 @@ class CompiledEngine:
 
     def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
         """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
-        B, tokens, threads = len(batch.cu_seqlens) - 1, int(batch.cu_seqlens[-1]), self._threads.count
-        if B == 1 or tokens < threads * TEAM_TOKENS:
-            items = [self._item(batch, 0, B, trace)] if B else []
-            for item in items:
-                self._run_item(item, together=True)
-        else:
-            count = threads * math.ceil(tokens / (threads * ITEM_TOKENS))
-            items = [self._item(batch, *bounds, trace) for bounds in _split(batch.cu_seqlens, count)]
-            self._threads.each(partial(self._run_item, item, together=False) for item in items)
-        items = items or [self._item(batch, 0, 0, trace)]
+        items = self._run_items(batch, Wanted(first_row_only=not trace, trace=trace))
         raw, last = (np.concatenate([getattr(item, name) for item in items]) for name in ("logits", "last"))
         logits = self.program.logits(raw, last)
         lengths = np.concatenate([item.lengths for item in items], axis=2)
@@ -127,8 +126,30 @@ class CompiledEngine:
             traced = _by_layer(masses), _by_layer(kept)
         return outcome(self.config, logits, lengths[0], lengths[1], traced)
 
-    def _item(self, batch: TokenBatch, begin: int, end: int, trace: bool) -> _Item:
-        return _Item(self.config, self.program, batch, begin, end, trace)
+    def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
+        """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
+        items = self._run_items(batch, Wanted(first_row_only=first_only, rows=True))
+        lengths = [item.lengths[1, -1] for item in items]  # (B of the item,) each
+        rows = [item.rows[: n.sum()] for item, n in zip(items, lengths, strict=True)]
+        return LastRows(np.concatenate(rows), ragged.boundaries(np.concatenate(lengths)))
+
+    def _run_items(self, batch: TokenBatch, wanted: Wanted) -> list[_Item]:
+        """The batch as work items, in order, one at least, with their results."""
+
+        def item(begin: int, end: int) -> _Item:
+            return _Item(self.config, self.program, batch, begin, end, wanted)
+
+        B, tokens, threads = len(batch.cu_seqlens) - 1, int(batch.cu_seqlens[-1]), self._threads.count
+        if B == 0:
+            return [item(0, 0)]
+        if B == 1 or tokens < threads * TEAM_TOKENS:
+            items = [item(0, B)]
+            self._run_item(items[0], together=True)
+        else:
+            count = threads * math.ceil(tokens / (threads * ITEM_TOKENS))
+            items = [item(*bounds) for bounds in _split(batch.cu_seqlens, count)]
+            self._threads.each(partial(self._run_item, item, together=False) for item in items)
+        return items
 
     def _run_item(self, item: _Item, together: bool) -> None:
         """Fill the item's results, by all threads together or by this one alone."""
@@ -154,15 +175,16 @@ class CompiledEngine:
 class _Item:
     """Some sequences of a batch, and room for their results."""
 
-    def __init__(self, config: ModelConfig, program: Program, batch: TokenBatch, begin: int, end: int, trace: bool):
+    def __init__(self, config: ModelConfig, program: Program, batch: TokenBatch, begin: int, end: int, wanted: Wanted):
         self.batch = _part(batch, begin, end)
-        B, N = end - begin, len(self.batch.ids)
-        self.logits = np.empty((B, len(config.labels)), program.logits_type)
+        B, N, trace = end - begin, len(self.batch.ids), wanted.trace
+        self.logits = np.empty((B, 0 if wanted.rows else len(config.labels)), program.logits_type)
+        self.rows = np.empty(((B if wanted.first_row_only else N) if wanted.rows else 0, config.width), np.float32)
         self.last = np.empty((B, program.last_width), np.int32)
         self.lengths = np.empty((2, config.layers, B), np.int32)  # before and after each layer's pruning
         self.masses = np.empty((config.layers, N if trace else 0), program.masses_type)
         self.kept = np.empty((config.layers, N if trace else 0), np.bool_)
-        self._trace, self._bounds = trace, self.batch.cu_seqlens.astype(np.int64)
+        self._first_row_only, self._bounds = wanted.first_row_only, self.batch.cu_seqlens.astype(np.int64)
 
     def record(self, rule: NDArray[np.void]) -> NDArray[np.void]:
         """One `blocks.BATCH`, which must not outlive this item and the rule."""
@@ -176,19 +198,25 @@ class _Item:
             "segments": self.batch.segments.ctypes.data,
             "cu_seqlens": self._bounds.ctypes.data,
             "rule": rule.ctypes.data,
-            "first_row_only": not self._trace,
-            "logits": self.logits.ctypes.data,
-            "last": self.last.ctypes.data if self.last.size else 0,
+            "first_row_only": self._first_row_only,
+            "logits": _place(self.logits),
+            "rows": _place(self.rows),
+            "last": _place(self.last),
             "n_attention": self.lengths[0].ctypes.data,
             "n_ffn": self.lengths[1].ctypes.data,
-            "masses": self.masses.ctypes.data if self._trace else 0,
-            "kept": self.kept.ctypes.data if self._trace else 0,
+            "masses": _place(self.masses),
+            "kept": _place(self.kept),
         }
         return filled(blocks.BATCH, values)
 
     def live(self, traced: NDArray[Any]) -> list[NDArray[Any]]:
         """What a trace, (L, N), holds of each layer's live tokens, (N_l,)."""
         return [row[:n] for row, n in zip(traced, self.lengths[0].sum(axis=1), strict=True)]
+
+
+def _place(results: NDArray[Any]) -> int:
+    """The address of results, or 0 where none are wanted."""
+    return results.ctypes.data if results.size else 0
 
 
 def _by_layer(parts: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:

@@ -11,21 +11,24 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import MinilptWarning, ModelFileError, UnsupportedModelError
+
+T = TypeVar("T")
+MODULES = "modules.json"  # where sentence-transformers lists what follows the encoder
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of one sequence classifier. Layer numbers are 0-based everywhere.
+    """The shape of one sequence classifier, or of an encoder without a head. Layer numbers are 0-based everywhere.
 
     family: "bert", "roberta", "distilbert", "electra" or "ibert" (the LTP code's own), which decides names and head.
     layers L, heads H, width D, inner F; embedding_width differs from D in small ELECTRAs only.
     positions: rows of the position table; position_offset: the row of the first token (pad id + 1 for RoBERTa).
     segments: rows of the segment table, 0 when the family has none. eps: added to the variance in LayerNorm.
     activation, head_activation: kernel names, in the feed-forward and between the head's two matrices.
-    labels: one name per output.
+    labels: one name per output; none if there is no classification head.
     problem_type: "regression", "single_label_classification", "multi_label_classification" or None.
     ltp: the pruning settings that checkpoints of the LTP code carry in config.json, else None.
     quant_mode: the weights are for integer-only inference, and mean something else in floating point.
@@ -128,6 +131,11 @@ ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
 }
 
+# What config.json calls an encoder without a head in `architectures`: the classes of transformers.
+ENCODERS = frozenset(
+    "BertModel RobertaModel XLMRobertaModel CamembertModel DistilBertModel ElectraModel IBertModel".split()
+)
+
 # Far more than any model has. Everything else in config.json is held against the checkpoint before memory is spent on
 # it, but names are made for every layer, and for every label that id2label does not name.
 MOST_LAYERS = 1000
@@ -193,19 +201,28 @@ HARMLESS = frozenset(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ModelFileError if the file is missing, is not JSON, or holds something else."""
+    return _read_json(path, dict, "object")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The same for a JSON array."""
+    return _read_json(path, list, "array")
+
+
+def _read_json(path: Path, kind: type[T], name: str) -> T:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file; a model folder needs it") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5,000 digits
         raise ModelFileError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: a JSON object was expected, found {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ModelFileError(f"{path}: a JSON {name} was expected, found {type(value).__name__}")
     return value
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read and check config.json of a sequence classifier.
+    """Read and check config.json of a sequence classifier, or of an encoder without a head.
 
     Raises ModelFileError for an unreadable file, UnsupportedModelError for a setting that would change results and that
     minilpt does not run. A key that minilpt has never heard of gives one MinilptWarning.
@@ -300,7 +317,16 @@ class _Reader:
         return ACTIVATIONS[value]
 
     def _labels(self) -> tuple[str, ...]:
-        """Names in the order of the outputs: id2label, else LABEL_0... for num_labels (or 2, the class default)."""
+        """Names in the order of the outputs: id2label, else LABEL_0... for num_labels (or 2, the class default).
+
+        None for an encoder without a head, as config.json or the modules.json of sentence-transformers says.
+        """
+        classes = self.raw.get("architectures") or []
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise self.unsupported(f"architectures must be an array of strings, found {classes!r}")
+        classifies = any(name.endswith("ForSequenceClassification") for name in classes)
+        if ENCODERS.intersection(classes) or ((self.path.parent / MODULES).is_file() and not classifies):
+            return ()
         names = self.raw.get("id2label")
         if names is None:
             count = self.raw.get("num_labels", self.raw.get("_num_labels", 2))

@@ -7,7 +7,7 @@ L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,13 @@ class Forward:
     kept: tuple[Kept, ...] | None = None
 
 
+class LastRows(NamedTuple):
+    """What the last layer gives for B sequences: rows (N', D) float32, and their cu_seqlens, (B + 1,) int32."""
+
+    rows: Float32
+    cu_seqlens: Int32
+
+
 class Engine(Protocol):
     """A model's weights and a keep rule, ready to run. Safe to share between threads."""
 
@@ -61,6 +68,9 @@ class Engine(Protocol):
 
     def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
         """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
+
+    def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
+        """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
 
 
 def outcome(

@@ -8,7 +8,11 @@ class MinilptError(Exception):
 
 
 class UnknownModelError(MinilptError, LookupError):
-    """A name that is neither a folder nor a bundled model."""
+    """A name that is neither a folder, a bundled model nor a repository of the hub, or a revision it does not have."""
+
+
+class HubError(MinilptError):
+    """A hub that refuses access or cannot be reached, or a model wanted offline that was never downloaded."""
 
 
 class ModelFileError(MinilptError):

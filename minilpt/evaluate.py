@@ -80,6 +80,7 @@ def evaluate(model: Classifier, examples: Sequence[Example], task: Task, *, repe
     """
     if not examples:
         raise InputError("there is nothing to evaluate: the file holds no rows")
+    model.require_head()
     wanted = gold(examples, task, model.config.labels)
     texts = [example.text for example in examples]
     variants = {"dense": model.with_pruning(None)} | ({"pruned": model} if model.pruning else {})

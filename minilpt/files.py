@@ -6,12 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write to a temporary neighbour, then rename: the file is there whole or as it was. Text is UTF-8.
+    """Write all of it as `whole` does. Text is UTF-8."""
+    with whole(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A temporary neighbour to write to, then renamed: the file is there whole, or as it was if anything goes wrong.
 
     A link stays one, and its target is written. Raises InputError if the file cannot be written, or if something else
     than a file has its name.
@@ -21,11 +29,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise InputError(f"{path}: cannot be written: it is there and is no file")
     partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        with open(partial, "wb") as file:
+            yield file
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

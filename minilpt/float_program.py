@@ -62,9 +62,9 @@ class FloatProgram:
             "segment": self._table("embeddings.segment.weight") if config.segments else 0,
             "layer": self.layers.ctypes.data,
             "embedding_norm": self._norm("embeddings.norm"),
-            "head_dense": self._matrix("head.dense", False),
-            "head_out": self._matrix("head.out", False),
         }
+        if config.labels:
+            values |= {"head_dense": self._matrix("head.dense", False), "head_out": self._matrix("head.out", False)}
         if config.embedding_width != config.width:
             values["project"] = self._matrix("embeddings.project", False)
         for name, value in values.items():

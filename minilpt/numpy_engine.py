@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, Traced, outcome
+from .engine import Forward, LastRows, Traced, outcome
 from .kernels import NUMPY
 from .pruning import KeepRule
 from .ragged import TokenBatch
@@ -67,7 +67,7 @@ class NumpyEngine:
         projected = config.embedding_width != config.width
         self._project = _linear(weights, "embeddings.project") if projected else None
         self._layers = [_layer(weights, f"layers.{layer}.") for layer in range(config.layers)]
-        self._head = _linear(weights, "head.dense"), _linear(weights, "head.out")
+        self._head = [_linear(weights, name) for name in ("head.dense", "head.out") if config.labels]
 
     def with_rule(self, rule: KeepRule | None) -> NumpyEngine:
         """The same weights, shared, under another keep rule."""
@@ -77,19 +77,30 @@ class NumpyEngine:
 
     def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
         """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
+        traced: Traced | None = ([], []) if trace else None
+        (x, cu_seqlens), before, after = self._encode(batch, first_row_only=not trace, traced=traced)
+        logits = self._classify(x[cu_seqlens[:-1]])
+        return outcome(self.config, logits, before, after, traced)
+
+    def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
+        """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
+        return self._encode(batch, first_row_only=first_only, traced=None)[0]
+
+    def _encode(
+        self, batch: TokenBatch, *, first_row_only: bool, traced: Traced | None
+    ) -> tuple[LastRows, Int32, Int32]:
+        """All layers; also the live tokens before and after each layer's pruning, (L, B) int32."""
         x, cu_seqlens = self._embed(batch), batch.cu_seqlens  # (N, D), (B + 1,)
         n_initial = ragged.lengths(cu_seqlens)
         before, after = [], []
-        traced: Traced | None = ([], []) if trace else None
         for layer in range(self.config.layers):
             before.append(ragged.lengths(cu_seqlens))
-            if layer == self.config.layers - 1 and not trace:
+            if layer == self.config.layers - 1 and first_row_only:
                 x, cu_seqlens = self._first_row_layer(layer, x, cu_seqlens)
             else:
                 x, cu_seqlens = self._full_layer(layer, x, cu_seqlens, n_initial, traced)
             after.append(ragged.lengths(cu_seqlens))
-        logits = self._classify(x[cu_seqlens[:-1]])
-        return outcome(self.config, logits, np.stack(before), np.stack(after), traced)
+        return LastRows(x, cu_seqlens), np.stack(before), np.stack(after)
 
     def _embed(self, batch: TokenBatch) -> Float32:
         x: Float32 = self._tables["word"][batch.ids] + self._tables["position"][batch.positions]
@@ -133,7 +144,7 @@ class NumpyEngine:
         return self._rest_of_layer(weights, x[places], np.concatenate(context)), cu_seqlens
 
     def _first_row_layer(self, layer: int, x: Float32, cu_seqlens: Int32) -> tuple[Float32, Int32]:
-        """The last layer for a classifier: one query row per sequence against all its keys. Exact. (B, D), (B + 1,)."""
+        """The last layer where row 0 is enough: one query row per sequence, all its keys. Exact. (B, D), (B + 1,)."""
         weights = self._layers[layer]
         first = x[cu_seqlens[:-1]]
         q, kv = self._linear(first, *weights.query), self._linear(x, *weights.key_value)

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, ragged, reference
-from .api import Classifier, Item, progress_bar, text_items
+from .api import Classifier, Item, text_items
+from .batches import progress_bar, token_batch
 from .compiled_engine import CompiledEngine
 from .config import ModelConfig, read_json
 from .errors import CalibrationError, InputError, MinilptWarning, UnsupportedModelError
@@ -32,7 +33,6 @@ from .integer_program import IntegerProgram
 from .kernels import NUMPY
 from .kernels.integer import ACTIVATION_BITS
 from .quantize import quantize_rows
-from .ragged import TokenBatch
 from .scales import AGAIN, FILE_NAME, Scales, activation_names, scale_of, write_scales
 from .weights import checkpoint, names
 from .weights.save import save_weights
@@ -94,6 +94,7 @@ def quantize_model(
     no integer form.
     """
     target = Path(out)
+    model.require_head()
     items = text_items(texts)
     return quantize_sequences(model, *model.encode(items), target, by_channel=by_channel, progress=progress)
 
@@ -208,7 +209,7 @@ class _Search:
         if self._engine is None:
             self._engine = CompiledEngine(self.config, program, None, self._backend)
         engine = self._engine = self._engine.with_program(program)
-        return engine.run(_batch(self.config, ids, self.segments[first::2])).logits
+        return engine.run(token_batch(self.config, ids, self.segments[first::2])).logits
 
     def _scales(self, chosen: Mapping[str, Range]) -> Scales:
         scales = {}
@@ -313,15 +314,6 @@ def _logits(config: ModelConfig, weights: Mapping[str, Float32], ids: list[int],
     if name == "head.dense":
         return _projected(weights, "head.out", last)[0]
     return reference.head(weights, config, last[0])
-
-
-def _batch(config: ModelConfig, ids: list[list[int]], segments: list[list[int]]) -> TokenBatch:
-    rows = [np.array(row, np.int32) for row in ids]
-    offset = config.position_offset
-    places = [ragged.positions(row, offset=offset, pad_token_id=config.pad_token_id) for row in rows]
-    kinds = np.concatenate([np.array(row, np.int32) for row in segments])
-    bounds = ragged.boundaries([len(row) for row in rows])
-    return TokenBatch(np.concatenate(rows), np.concatenate(places), kinds, bounds)
 
 
 def _readers(norm: str, layers: int) -> list[str]:

@@ -44,6 +44,14 @@ def forward(
     weights: Weights, config: ModelConfig, rule: KeepRule | None, ids: NDArray[np.int32], segments: NDArray[np.int32]
 ) -> Traced:
     """Classify one sequence. ids, segments: (n,) int32, special tokens included."""
+    rows, n_attention, n_ffn, masses, kept = encode(weights, config, rule, ids, segments)
+    return Traced(head(weights, config, rows[0]), n_attention, n_ffn, masses, kept)
+
+
+def encode(
+    weights: Weights, config: ModelConfig, rule: KeepRule | None, ids: NDArray[np.int32], segments: NDArray[np.int32]
+) -> tuple[Array, list[int], list[int], list[Array], list[Keep]]:
+    """All layers: the rows that the last one gives, (n', D), and what `Traced` holds of each."""
     x = embed(weights, config, ids, segments)  # (n, D)
     n_attention, n_ffn, masses, kept = [], [], [], []
     for layer in range(config.layers):
@@ -52,7 +60,12 @@ def forward(
         n_ffn.append(len(x))
         masses.append(mass)
         kept.append(keep)
-    return Traced(head(weights, config, x[0]), n_attention, n_ffn, masses, kept)
+    return x, n_attention, n_ffn, masses, kept
+
+
+def mean_pooled(rows: Array) -> Array:
+    """An embedding of the whole sequence: the mean of the last layer's rows, pruned ones left out. (n', D) to (D,)."""
+    return rows.mean(axis=0)
 
 
 def embed(weights: Weights, config: ModelConfig, ids: NDArray[np.int32], segments: NDArray[np.int32]) -> Array:

@@ -7,7 +7,7 @@ encodes is what raises "Already borrowed" elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from .config import ModelConfig, read_json
 from .errors import DependencyError, InputError, TokenizerError
+from .truncation import Places, Truncation
 
 if TYPE_CHECKING:
     import tokenizers
 
+Int32 = NDArray[np.int32]
 TextOrPair = str | tuple[str, str]
 
 # A batch this small is encoded on the calling thread: the tokenizers package then starts no threads of its own, and
@@ -30,7 +32,10 @@ _SERIAL_BATCH = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids, segments: (n,) int32, special tokens included. n_truncated: tokens that were cut off, 0 if none."""
+    """One sequence of a text. ids, segments: (n,) int32, special tokens included.
+
+    n_truncated: tokens of the text that are in none of its sequences, 0 if none.
+    """
 
     ids: NDArray[np.int32]
     segments: NDArray[np.int32]
@@ -57,21 +62,28 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._config = config
         self.max_tokens = max_tokens
-        self.truncation_side = truncation_side
+        self._own = Truncation("head" if truncation_side == "right" else "tail")
 
     @classmethod
     def from_folder(cls, folder: Path, config: ModelConfig) -> TextEncoder:
         """Build from tokenizer.json, else vocab.txt, else vocab.json + merges.txt.
 
-        The settings of tokenizer_config.json apply to each. Raises TokenizerError if none is there, or it cannot be
-        read.
+        The settings of tokenizer_config.json apply to each, and those of sentence-transformers. Raises TokenizerError
+        if none is there, or it cannot be read.
         """
         settings_path = folder / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.is_file() else {}
         tokenizer = _build(folder, settings)
+        # sentence_bert_config.json, sentence_roberta_config.json, and so on: at most one is there.
+        sentence = {
+            key: value for path in folder.glob("sentence_*_config.json") for key, value in read_json(path).items()
+        }
+        if sentence.get("do_lower_case"):
+            tokenizer.normalizer = _lowercasing(tokenizer.normalizer)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        limit, side = _limit(settings, config), settings.get("truncation_side", "right")
+        stated = settings.get("model_max_length"), sentence.get("max_seq_length")
+        limit, side = _limit(stated, config), settings.get("truncation_side", "right")
         if tokenizer.num_special_tokens_to_add(True) >= limit:
             raise TokenizerError(f"{folder}: a limit of {limit} tokens leaves no room for text")
         if side not in ("left", "right"):
@@ -81,9 +93,18 @@ class TextEncoder:
     def encode(self, texts: Sequence[TextOrPair]) -> list[Encoded]:
         """Token ids of every text or pair, cut to max_tokens as Hugging Face's "longest_first" cuts.
 
-        Raises InputError naming the text if it is not valid Unicode (a lone surrogate), TokenizerError if the tokenizer
-        gives an id that the model has no row for.
+        Raises as `sequences` does.
         """
+        return [only for (only,) in self.sequences(texts, self._own)]
+
+    def sequences(self, texts: Sequence[TextOrPair], truncation: Truncation) -> list[list[Encoded]]:
+        """Of every text or pair, the sequences of at most max_tokens that stand for it: one, but for windows.
+
+        Raises InputError naming the text if it is not valid Unicode (a lone surrogate) or cannot be cut as wanted,
+        TokenizerError if the tokenizer gives an id that the model has no row for.
+        """
+        chosen = self._own if truncation.mode is None else truncation
+        chosen.check(self.max_tokens - self._tokenizer.num_special_tokens_to_add(False))
         try:
             if len(texts) < _SERIAL_BATCH:
                 encodings = [self._encode_one(text) for text in texts]
@@ -91,15 +112,29 @@ class TextEncoder:
                 encodings = self._tokenizer.encode_batch_fast(list(texts))
         except (UnicodeEncodeError, TypeError):
             raise self._blamed(texts) from None
-        return [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        numbered = enumerate(zip(texts, encodings, strict=True))
+        return [self._fitted(f"text {index} ({text!r:.80})", encoding, chosen) for index, (text, encoding) in numbered]
 
     def pieces(self, text: TextOrPair) -> list[Piece]:
         """The tokens behind the ids that `encode` gives for this text or pair. Raises as it does."""
         self.encode([text])
         encoding = self._encode_one(text)
-        keep = self._kept(encoding) if len(encoding.ids) > self.max_tokens else np.ones(len(encoding.ids), np.bool_)
-        rows = zip(encoding.tokens, encoding.sequence_ids, encoding.offsets, strict=True)
-        return [Piece(token, part, *place) for (token, part, place), kept in zip(rows, keep, strict=True) if kept]
+        rows = list(zip(encoding.tokens, encoding.sequence_ids, encoding.offsets, strict=True))
+        (kept,) = self._kept(encoding, self._own)
+        return [Piece(token, part, *place) for token, part, place in (rows[index] for index in kept)]
+
+    def uncut(self, text: str, *, special: bool = True) -> list[tuple[int, Piece]]:
+        """Ids and tokens of the whole text, however long, with its special tokens or without."""
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=special)
+        except (UnicodeEncodeError, TypeError):
+            raise self._blamed([text]) from None
+        rows = zip(found.ids, found.tokens, found.sequence_ids, found.offsets, strict=True)
+        return [(number, Piece(token, part, *place)) for number, token, part, place in rows]
+
+    def cutting(self, side: str) -> TextEncoder:
+        """The same tokenizer, cutting texts that are too long at this side, "left" or "right"."""
+        return TextEncoder(self._tokenizer, self._config, self.max_tokens, side)
 
     def _encode_one(self, text: TextOrPair) -> tokenizers.Encoding:
         return self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)
@@ -112,14 +147,20 @@ class TextEncoder:
                 return InputError(f"text {index} is not valid Unicode: {error.reason} at character {error.start}")
         raise AssertionError("the tokenizer refused texts that are valid Unicode")
 
-    def _fit(self, text: TextOrPair, encoding: tokenizers.Encoding) -> Encoded:
+    def _fitted(self, name: str, encoding: tokenizers.Encoding, truncation: Truncation) -> list[Encoded]:
+        """The sequences of one text or pair, which errors call `name`."""
         ids, segments = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
-        n_truncated = max(0, len(ids) - self.max_tokens)
-        if n_truncated:
-            keep = self._kept(encoding)
-            ids, segments = ids[keep], segments[keep]
         if not len(ids):
-            raise InputError(f"the tokenizer makes no token of {text!r:.80}, not even a special one")
+            raise InputError(f"{name}: the tokenizer makes no token of it, not even a special one")
+        try:
+            kept = self._kept(encoding, truncation)
+        except InputError as error:
+            raise InputError(f"{name} {error}") from None
+        n_truncated = len(ids) - len(kept[0]) if len(kept) == 1 else 0  # windows leave nothing out
+        return [Encoded(*self._checked(ids[places], segments[places]), n_truncated) for places in kept]
+
+    def _checked(self, ids: Int32, segments: Int32) -> tuple[Int32, Int32]:
+        """ids and segments, of which the model must have rows."""
         if ids.max() >= self._config.vocabulary:
             token = self._tokenizer.id_to_token(int(ids.max()))
             raise TokenizerError(
@@ -131,40 +172,29 @@ class TextEncoder:
             raise TokenizerError(
                 f"the tokenizer gives the segment id {segments.max()}, but the model has {self._config.segments} rows"
             )
-        return Encoded(ids, segments, n_truncated)
+        return ids, segments
 
-    def _kept(self, encoding: tokenizers.Encoding) -> NDArray[np.bool_]:
-        """Which tokens stay, (n,) bool: the special ones, and the beginning (or end) of each text of the pair."""
+    def _kept(self, encoding: tokenizers.Encoding, truncation: Truncation) -> list[Places]:
+        """The places of the tokens that make each sequence, in order: the special ones are in all of them."""
+        if len(encoding.ids) <= self.max_tokens:
+            return [np.arange(len(encoding.ids))]
         part = np.array([-1 if part is None else part for part in encoding.sequence_ids])  # -1: a special token
-        keep = part == -1
-        places = [np.flatnonzero(part == number) for number in (0, 1)]
-        lengths = _longest_first(len(places[0]), len(places[1]), self.max_tokens - int(keep.sum()))
-        for place, length in zip(places, lengths, strict=True):
-            keep[place[:length] if self.truncation_side == "right" else place[len(place) - length :]] = True
-        return keep
+        special, first, second = (np.flatnonzero(part == number) for number in (-1, 0, 1))
+        cuts = truncation.cuts((len(first), len(second)), self.max_tokens - len(special))
+        return [np.sort(np.concatenate([special, first[a], second[b]])) for a, b in cuts]
 
 
-def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Lengths of a pair cut to `room` tokens: the longer part gives way until both are equal, then both.
-
-    Where both are cut and room is odd, the odd token goes to the part that was longer, and to the second of equals,
-    as the tokenizers package has it.
-    """
-    if first > second:
-        second, first = _longest_first(second, first, room)
-        return first, second
-    if first + second <= room:
-        return first, second
-    shorter = min(first, room // 2)
-    return shorter, room - shorter
+def _limit(stated: Iterable[Any], config: ModelConfig) -> int:
+    """The model's positions, or fewer where a file says so (1e30 in tokenizer_config.json means "not set")."""
+    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return int(min([config.max_tokens, *(number for number in numbers if 0 < number < math.inf)]))
 
 
-def _limit(settings: dict[str, Any], config: ModelConfig) -> int:
-    """The model's positions, or fewer where tokenizer_config.json says so (1e30 there means "not set")."""
-    stated = settings.get("model_max_length")
-    if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 < stated < math.inf:
-        return int(min(stated, config.max_tokens))
-    return config.max_tokens
+def _lowercasing(normalizer: Any) -> Any:
+    """The normaliser behind one that makes all letters small."""
+    from tokenizers import normalizers
+
+    return normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer is not None else [])])
 
 
 def _build(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -164,9 +164,22 @@ def transformers_logits(twin: Twin, batch: Batch) -> Float64:
     return twin.model(**inputs, attention_mask=alive.long()).logits.numpy()
 
 
+@torch.no_grad()
+def transformers_embeddings(twin: Twin, batch: Batch, pooling: str) -> Float64:
+    """(B, D) of the padded batch, in float64: means of the last hidden states without padding, or the first ones."""
+    inputs, alive = _padded(twin, batch)
+    hidden = twin.model.base_model(**inputs, attention_mask=alive.long()).last_hidden_state
+    return (hidden[:, 0] if pooling == "cls" else _mean(hidden, alive)).numpy()
+
+
+def _mean(rows: Tensor, alive: Tensor) -> Tensor:
+    """(B, n, D), (B, n) to (B, D)."""
+    return (rows * alive[..., None]).sum(1) / alive.sum(1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Emulated:
-    """logits (B, labels) and, per layer, sequence and place in the padded batch, (L, B, n):
+    """logits (B, labels), embedding (B, D), the mean of the rows that are left, and, in the padded batch, (L, B, n):
 
     alive, kept: the tokens before and after the layer's rule, with the one that stands for merged ones; mass: the
     attention that a token receives from live queries, averaged over heads; score: what its rule compares; margin: how
@@ -174,6 +187,7 @@ class Emulated:
     """
 
     logits: Float64
+    embedding: Float64
     alive: NDArray[np.bool_]
     kept: NDArray[np.bool_]
     mass: Float64
@@ -224,7 +238,9 @@ def emulate(twin: Twin, batch: Batch, rule: Mapping[str, Any] | None) -> Emulate
         alive = goes_on
     pooler = getattr(encoder, "pooler", None)
     logits = twin.model.classifier(x if pooler is None else pooler(x))
-    return Emulated(logits.numpy(), *(torch.stack(step).numpy() for step in zip(*steps, strict=True)))
+    return Emulated(
+        logits.numpy(), _mean(x, alive).numpy(), *(torch.stack(step).numpy() for step in zip(*steps, strict=True))
+    )
 
 
 def _merged(x: Tensor, probs: Tensor, mass: Tensor, alive: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

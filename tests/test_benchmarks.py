@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import engines, files, integer, integer_report, report, workloads
+from benchmarks import cuda_compile, engines, files, integer, integer_report, report, t4_model, workloads
+from minilpt.config import read_config
 
 
 def test_a_ratio_is_against_the_fastest_peer_of_its_precision_in_each_round() -> None:
@@ -84,3 +86,33 @@ def test_the_document_on_integers_holds_the_results() -> None:
     for name, kind in (("sst-2", "learned"), ("mrpc", "plain"), ("nli", "plain")):  # "within a point"
         assert lost[name][f"{kind}, integers"]["lost"][0] <= 1.0
     assert all(found["fp32_over_ibert"][1] >= 1.5 for found in results["speed"].values())
+
+
+def test_the_document_on_cuda_holds_the_results() -> None:
+    document = (integer.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    compiled, limits = (files.read_json(module.RESULT) for module in (cuda_compile, t4_model))
+    assert cuda_compile.table(compiled) in document
+    assert t4_model.tables(limits) in document
+    assert f"gives {limits['dense_sequences_per_s_at_128_tokens']:.0f} sequences a second" in document
+    assert f"the model on paper gives {limits['gain']:.2f} x" in document
+    sources = {path.name for path in (integer.ROOT / "kernels" / "cuda").glob("*.cu")}
+    assert {kernel["source"] for kernel in compiled["kernels"].values()} == sources
+
+
+def test_the_model_on_paper_counts_what_a_layer_moves_and_computes(tmp_path: Path) -> None:
+    """One layer of one sequence of 100 tokens of which 50 go on, by hand."""
+    files.write_text(tmp_path / "config.json", json.dumps(workloads.SHAPES["roberta-base"].config))
+    parts = t4_model.layer_parts(read_config(tmp_path), np.array([100]), np.array([50]), 0, pruned=True)
+    assert parts["inner"].operations == 2 * 50 * 768 * 3072
+    assert parts["gelu"].seconds() == 2 * 2 * 50 * 3072 / 320e9
+    assert parts["masses"].operations == 2 * 100 * 100 * 768
+    assert parts["context"].operations == 4 * 100 * 50 * 768
+
+
+def test_every_mutant_that_lives_is_explained() -> None:
+    document = (integer.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    found = files.read_json(integer.ROOT / "benchmarks" / "results" / "cuda_mutants.json")
+    lives = found["survivors"]
+    assert f"{found['mutants'] - len(lives)} of {found['mutants']} mutants die" in document
+    for mutant in lives:
+        assert mutant["before"].split("  //")[0] in document, mutant

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import minilpt
@@ -212,6 +213,73 @@ def test_output_is_utf_8_whatever_the_locale_says(tmp_path: Path, monkeypatch: p
     assert ("中文" in out) == (form == "table")
 
 
+LONG = ["film " * 90, "good", "bad " * 50]
+
+
+def test_long_texts_are_cut_as_asked_and_a_line_on_stderr_says_so(run: Run, folder: Path) -> None:
+    model = minilpt.load(folder)
+    for options in ({}, {"truncation": "tail"}, {"truncation": "windows", "stride": 0, "aggregate": "max"}):
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        code, out, err = run("predict", "--model", folder, *arguments, *LONG)
+        assert code == 0
+        assert parsed(out) == [json.loads(json.dumps(each.to_dict())) for each in model.predict(LONG, **options)]
+        windows = options.get("truncation") == "windows"
+        assert err == ("" if windows else "minilpt: texts cut: 2, by 64 tokens; see --truncation\n")
+
+
+def test_a_text_that_is_too_long_is_counted_from_the_rows_answered_before(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "CHUNK", 2)
+    (tmp_path / "rows.txt").write_text("\n".join(["good", "bad", "good", LONG[0]]))
+    code, out, err = run("predict", "--model", folder, "--truncation", "error", "--input", tmp_path / "rows.txt")
+    assert (code, len(parsed(out))) == (1, 2)
+    assert err.startswith("minilpt: error: after 2 texts: text 1 ('film film")
+    assert err.endswith("has 90 tokens, 38 is the most; shorten it, or give another truncation=\n")
+
+
+# embed.
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "cls", "normalize": False, "truncation": "tail"}], ids=str)
+def test_embeddings_are_json_lines_or_a_file(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(cli, "CHUNK", 2)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LONG))
+    wanted = minilpt.load(folder).embed(LONG, **options)
+    arguments = ["--pooling", "cls", "--no-normalize", "--truncation", "tail"] if options else []
+    command = ("embed", "--model", folder, "--input", tmp_path / "rows.jsonl", *arguments)
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert [row["embedding"] for row in parsed(out)] == wanted.tolist()
+    assert run(*command, "--out", tmp_path / "e.jsonl") == (0, "", "")
+    assert (tmp_path / "e.jsonl").read_text() == out
+    assert run(*command, "--out", tmp_path / "e.npy") == (0, "", "")
+    found = np.load(tmp_path / "e.npy")
+    assert found.dtype == np.float32
+    assert np.array_equal(found, wanted)
+
+
+def test_no_texts_give_an_array_without_rows(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run("embed", "--model", folder, "--input", "-", "--out", tmp_path / "e.npy") == (0, "", "")
+    assert np.load(tmp_path / "e.npy").shape == (0, 32)
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.jsonl"])
+def test_an_error_leaves_the_file_as_it_was(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(cli, "CHUNK", 2)
+    (tmp_path / name).write_text("old")
+    code, out, err = run(
+        "embed", "--model", folder, "--truncation", "error", "--out", tmp_path / name, *["a"] * 4, *LONG
+    )
+    assert (code, out) == (1, "")
+    assert err.startswith("minilpt: error: after 4 texts: text 0 (")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "old")]
+
+
 # models, info, eval.
 
 
@@ -326,7 +394,7 @@ def test_info_is_one_json_object_with_the_model_s_facts(run: Run, folder: Path, 
     assert facts["minilpt"] == minilpt.__version__
     assert facts["bundled"] == [resolve.DEFAULT]
     assert facts["backend"]["device"] == "cpu"
-    assert facts["backend"]["unavailable"] == {"cuda": "this release of minilpt has CPU kernels only"}
+    assert "CuPy" in facts["backend"]["unavailable"]["cuda"]
     assert facts["machine"]["cores"] >= 1
     model = facts["model"]
     assert (model["layers"], model["max_tokens"], model["labels"]) == (3, 40, ["negative", "positive"])
@@ -394,6 +462,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         ["eval", "sst-2", "--data", "DEV", "--model", "MODEL", "--repeats", "1", "--out", "no/where.json"],
         "where.json: cannot be written",
     ),
+    "stride": (
+        ["predict", "--model", "MODEL", "--truncation", "windows", "--stride", "38", "good"],
+        "stride 38 is not less than the 38 tokens of a window",
+    ),
     "info": (["info", "--model", "nowhere"], "'nowhere' is neither"),
 }
 
@@ -424,6 +496,15 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(
         ["predict", "good", "--threads", "0"],
         ["predict", "good", "--batch-tokens", "many"],
         ["predict", "good", "--unknown"],
+        ["predict", "good", "--truncation", "middle"],
+        ["predict", "good", "--truncation", "windows", "--stride", "-1"],
+        ["predict", "good", "--truncation", "windows", "--aggregate", "median"],
+        ["predict", "good", "--stride", "5"],
+        ["predict", "good", "--truncation", "tail", "--aggregate", "max"],
+        ["embed"],
+        ["embed", "good", "--pooling", "max"],
+        ["embed", "good", "--out", "e.bin"],
+        ["embed", "good", "--out", "no/where.npy"],
         ["eval", "sst-2"],
         ["eval", "squad", "--data", "x"],
         ["models", "extra"],

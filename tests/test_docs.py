@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda_rig import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,6 +35,8 @@ def test_the_documents_with_blocks_are_found() -> None:
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_blocks_run_and_print_what_stands_below_them(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A block that prints is followed by a `text` block: its true output."""
+    if path.name == "cuda-rig.md" and not simt.available():
+        pytest.skip(simt.WHY_NOT)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
     for language, content, line in blocks(path):

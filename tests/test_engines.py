@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import minilpt
 from minilpt import Classifier
+from minilpt.batches import token_batch
 from minilpt.config import read_config
 from minilpt.engine import Forward
 from minilpt.weights import checkpoint, names, save
@@ -79,6 +81,33 @@ def test_a_sequence_has_the_same_bits_alone_in_any_batch_in_any_order_and_with_a
     for place, row in enumerate(rows):
         for model in (one, three):
             assert columns(model.forward([row], trace=trace), [0]) == columns(together, [place])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("first_only", [False, True])
+def test_last_rows_have_the_same_bits_too(load: Load, precision: str, rule: str, first_only: bool) -> None:
+    """As many as a traced run keeps, or one a sequence; the one that the head reads is the same in both."""
+    rows = sequences(LENGTHS)
+    one, two, three = (load(precision=precision, pruning=RULES[rule], threads=count) for count in (1, 2, 3))
+    order = np.random.default_rng(1).permutation(len(rows)).tolist()
+
+    def run(model: Classifier, places: Sequence[int], first_only: bool = first_only) -> list[list[list[float]]]:
+        ids = [rows[place] for place in places]
+        batch = token_batch(model.config, ids, [[0] * len(row) for row in ids])
+        found, bounds = model.engine.last_rows(batch, first_only=first_only)
+        assert bounds[-1] == len(found)
+        return [found[begin:end].tolist() for begin, end in pairwise(bounds)]
+
+    together = run(one, range(len(rows)))
+    lengths = one.forward(rows, trace=True).ffn_lengths
+    assert lengths is not None
+    assert [len(found) for found in together] == ([1] * len(rows) if first_only else lengths[-1].tolist())
+    assert run(two, range(len(rows))) == run(three, range(len(rows))) == together
+    assert run(two, order) == [together[place] for place in order]
+    assert [run(three, [place])[0] for place in range(len(rows))] == together
+    first = run(one, range(len(rows)), first_only=not first_only)
+    assert [found[:1] for found in first] == [found[:1] for found in together]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from numpy.typing import NDArray
 import minilpt
 from minilpt import pruning, reference
 from minilpt.backends import Backend
+from minilpt.batches import token_batch
 from minilpt.compiled_engine import CompiledEngine
+from minilpt.config import read_config
+from minilpt.embeddings import means
 from minilpt.engine import Engine, Forward
 from minilpt.float_program import FloatProgram
 from minilpt.numpy_engine import NumpyEngine
 from minilpt.pruning import KeepRule
+from minilpt.weights import checkpoint
 
 import checkpoints
 import oracles
@@ -147,6 +152,53 @@ def test_a_literal_pad_token_is_a_token(build: Build, architecture: str) -> None
     pad = twin.config.pad_token_id
     ids = [[0, 7, pad, 9, 2], [pad, 5, 6], [4, pad, pad, 11, 12, pad, 3], [pad]]
     assert_equal_to_rounding(twin, [(row, [0] * len(row)) for row in ids])
+
+
+def embedded(pooling: str) -> Callable[..., reference.Traced]:
+    """`reference.forward` with an embedding for logits."""
+
+    def forward(*arguments: Any) -> reference.Traced:
+        rows, *steps = reference.encode(*arguments)
+        return reference.Traced(rows[0] if pooling == "cls" else reference.mean_pooled(rows), *steps)
+
+    return forward
+
+
+def assert_embeddings(twin: Twin, rule: KeepRule | None, batch: Batch, truth: NDArray[Any], pooling: str) -> None:
+    """Reference and engines, packed and one by one."""
+    cost = tolerances.cost_of(twin.weights, twin.exact, twin.config, rule, batch, embedded(pooling))
+    rows = [(np.array(ids, np.int32), np.array(kinds, np.int32)) for ids, kinds in batch]
+    exact = np.stack([embedded(pooling)(twin.exact, twin.config, rule, *row).logits for row in rows])
+    assert_within("reference", exact, truth, tolerances.logits_bound(cost, truth, np.float64))
+    for name, engine in engines(twin, rule).items():
+
+        def run(batch: Batch, engine: Engine = engine) -> NDArray[np.float64]:
+            packed = token_batch(twin.config, *zip(*batch, strict=True))
+            return means(*engine.last_rows(packed, first_only=pooling == "cls"))
+
+        found, alone = run(batch), np.concatenate([run([sequence]) for sequence in batch])
+        if name == "compiled":
+            assert np.array_equal(found, alone)
+        assert_within(name, found, truth, tolerances.logits_bound(cost, truth))
+        assert_within(f"{name}, one by one", alone, truth, tolerances.logits_bound(cost, truth))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize(("precision", "architecture"), CASES)
+def test_an_encoder_without_a_head_embeds_as_transformers(
+    build: Build, tmp_path: Path, precision: str, architecture: str, pooling: str
+) -> None:
+    """From what save_pretrained writes of BertModel and its like: no prefix on any name, and sometimes a pooler."""
+    deepcopy(build(architecture).model.base_model).float().save_pretrained(tmp_path)
+    twin = build(architecture, precision=precision)
+    config = read_config(tmp_path)
+    stored = dict(checkpoint.load_weights(tmp_path, config))
+    assert stored.keys() == {name for name in twin.stored if not name.startswith("head.")}
+    assert all(np.array_equal(tensor, twin.stored[name]) for name, tensor in stored.items())
+    assert config == replace(twin.config, labels=())
+    twin = replace(twin, config=config, stored=stored)
+    batch = oracles.draw_batch(twin, range(1, config.max_tokens + 1, 3))
+    assert_embeddings(twin, None, batch, oracles.transformers_embeddings(twin, batch, pooling), pooling)
 
 
 @pytest.mark.skipif(not COMPILED, reason="int8 needs the compiled kernels")
@@ -385,6 +437,15 @@ def test_a_score_on_its_threshold_is_counted_and_not_compared(build: Build) -> N
     case = Case(twin, batch, record | {"thresholds": [0, 0, float(score), 0, 0, 0]}, tally)
     case.check_all()
     assert (tally.close, case.decided) == (1, [LAYERS, 2])
+
+
+@pytest.mark.parametrize("rule", FIXED)
+def test_a_pruned_model_s_mean_is_over_the_rows_that_the_emulation_keeps(build: Build, rule: str) -> None:
+    twin = build("bert", num_hidden_layers=LAYERS)
+    case = Case(twin, oracles.draw_batch(twin, [40, 1, 23, 17]), FIXED[rule], Tally())
+    assert len(case.fully_decided()) == 4
+    assert case.truth.ffn_lengths[-1].sum() < 81
+    assert_embeddings(twin, case.rule, case.batch, case.truth.embedding, "mean")
 
 
 @pytest.mark.parametrize("wrong", [{"score_denominator": "live"}, {"thresholds": [0, 0, 0, 0, 0.02, 0]}])

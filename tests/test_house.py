@@ -21,16 +21,16 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    ("config", "explanation", "files", "kernels", "quantize", "ragged", "threads"),
-    ("weights", "pruning", "text"),
-    ("backends", "reference", "records", "scales", "integer_rules"),
+    tuple("batching config cuda_device explanation files kernels quantize ragged threads truncation".split()),
+    ("weights", "pruning", "text", "embeddings"),
+    ("backends", "batches", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model"),
     ("engine", "integer_reference"),
-    ("numpy_engine", "compiled_engine"),
-    ("float_program", "integer_program"),
+    ("numpy_engine", "compiled_engine", "cuda_engine"),
+    ("float_program", "integer_program", "cuda_float", "cuda_integer"),
     ("api", "plots", "threshold_search"),
     ("evaluate",),
-    ("bundling", "calibration", "doctor", "ranges", "golden"),
+    ("bundling", "calibration", "doctor", "ranges", "golden", "serving"),
     ("bundle_entry", "cli", "integrations", "recipes"),
 )
 FLOOR = {module: number for number, row in enumerate(FLOORS) for module in row}
@@ -54,8 +54,8 @@ def room_of(path: Path) -> str:
     """The module or package on whose floor a source file lives. Recipes are programs, like the command line."""
     if path.is_relative_to(ROOT / "weights" / "recipes"):
         return "recipes"
-    for name in ("kernels", "weights"):
-        if path.is_relative_to(ROOT / name):
+    for name, room in {"kernels": "kernels", "weights": "weights", "serving": "minilpt/serving"}.items():
+        if path.is_relative_to(ROOT / room):
             return name
     return path.stem
 
@@ -121,3 +121,10 @@ def test_no_machine_path_and_no_registry_host_in_the_repository() -> None:
             continue
         found = [word for word in unwanted if word in path.read_text(encoding="utf-8")]
         assert not found, f"{name} holds {found}"
+
+
+def test_the_batching_core_and_the_service_know_no_http() -> None:
+    web = {"fastapi", "starlette", "uvicorn"}
+    assert all(not name.startswith("minilpt.") or "errors" in name for name in imported(ROOT / "minilpt/batching.py"))
+    for name in ("service", "work", "refusals", "metrics", "options"):
+        assert not {found.split(".")[0] for found in imported(ROOT / f"minilpt/serving/{name}.py")} & web, name

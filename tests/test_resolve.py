@@ -58,8 +58,8 @@ def test_a_bundled_name_wins_over_a_folder_of_that_name_and_a_path_object_does_n
 
 @pytest.mark.parametrize(
     "name",
-    ["no-such-model", "user/model", "a-second-one/", "nul\0", "x" * 5000, "\udcff"],
-    ids=["plain", "hub", "slash", "nul", "long", "surrogate"],
+    ["no-such-model", "./user/model", "a/user/model", "a--b/model", "a-second-one/", "nul\0", "x" * 5000, "\udcff"],
+    ids=["plain", "relative", "deep", "dashes", "slash", "nul", "long", "surrogate"],
 )
 def test_anything_else_is_an_error_that_lists_the_bundled_names(bundle: Path, name: str) -> None:
     with pytest.raises(minilpt.UnknownModelError) as caught:

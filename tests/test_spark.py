@@ -7,15 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import minilpt
 
-if not all(map(find_spec, ("pyspark", "pandas", "pyarrow"))):
-    pytest.skip("needs PySpark, pandas and pyarrow: pip install 'minilpt[test-engines]'", allow_module_level=True)
+for package in ("pyspark", "pandas", "pyarrow"):
+    pytest.importorskip(package, reason="needs PySpark, pandas and pyarrow: pip install 'minilpt[test-engines]'")
 if shutil.which("java") is None:
     pytest.skip("Spark needs Java 17 or later: there is no java on the path", allow_module_level=True)
 
@@ -24,7 +23,7 @@ PROGRAM = """
 import json
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
-from pyspark.sql.types import FloatType, StringType, StructField, StructType
+from pyspark.sql.types import StructType
 from minilpt.integrations import BatchPredictor
 
 local = {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
@@ -33,8 +32,8 @@ table = spark.createDataFrame(list(enumerate(json.load(open("texts.json")))), "r
 predict = BatchPredictor()
 
 mapped = table.mapInPandas(lambda batches: map(predict, batches), "row long, text string, label string, score float")
-added = StructType([StructField("label", StringType()), StructField("score", FloatType())])
-answer = predict_batch_udf(predict.batch_function, return_type=added, batch_size=8)
+kinds = StructType().add("label", "string").add("score", "float")
+answer = predict_batch_udf(predict.batch_function, return_type=kinds, batch_size=8)
 added = table.withColumn("answer", answer("text")).select("row", "answer.label", "answer.score")
 print(json.dumps([list(map(list, frame.select("row", "label", "score").collect())) for frame in (mapped, added)]))
 spark.stop()

@@ -29,7 +29,7 @@ That the reference is right is not assumed: it is itself held to that float64 bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,8 +68,15 @@ def widened(weights: Weights) -> Weights:
     }
 
 
-def cost_of(weights: Weights, exact: Weights, config: ModelConfig, rule: KeepRule | None, sequences: Sequences) -> Cost:
-    """Measure float32 weights against the same weights in float64.
+def cost_of(
+    weights: Weights,
+    exact: Weights,
+    config: ModelConfig,
+    rule: KeepRule | None,
+    sequences: Sequences,
+    forward: Callable[..., reference.Traced] = reference.forward,
+) -> Cost:
+    """Measure float32 weights against the same weights in float64. forward: whose answers `logits` are.
 
     A sequence that the two prune differently holds a score within its bound; it counts up to that layer only.
     """
@@ -78,7 +85,7 @@ def cost_of(weights: Weights, exact: Weights, config: ModelConfig, rule: KeepRul
         weights, factor = _disturbed(weights), NOISE_FACTOR
     for ids, segments in [*sequences, *_probes(config)]:
         tokens, kinds = np.asarray(ids, np.int32), np.asarray(segments, np.int32)
-        narrow, wide = (reference.forward(chosen, config, rule, tokens, kinds) for chosen in (weights, exact))
+        narrow, wide = (forward(chosen, config, rule, tokens, kinds) for chosen in (weights, exact))
         for layer, (found, truth) in enumerate(zip(narrow.masses, wide.masses, strict=True)):
             if len(found) != len(truth):
                 break

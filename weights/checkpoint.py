@@ -98,7 +98,8 @@ def load_weights(folder: Path, config: ModelConfig, as_stored: Collection[str] =
     stored = _by_normalised_name(read_headers(folder), config.family)
     wanted = names.checkpoint_names(config)
     shapes = names.expected_shapes(config)
-    _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family)
+    model = f"{config.family} {'classifier' if config.labels else 'encoder'}"
+    _check(folder, stored, {wanted[ours]: shape for ours, shape in shapes.items()}, config.family, model)
     return Weights(stored, wanted, as_stored)
 
 
@@ -140,18 +141,26 @@ def read_headers(folder: Path) -> list[Stored]:
 
 def _read_shards(folder: Path) -> list[Stored]:
     index_path = folder / INDEX
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
-    entries = [entry for shard in sorted(set(weight_map.values())) for entry in _read_header(folder / shard)]
+    shards = shards_of(index_path)
+    weight_map = read_json(index_path)["weight_map"]
+    entries = [entry for shard in shards for entry in _read_header(folder / shard)]
     found = {entry.name: entry.path.name for entry in entries}
     wrong = sorted(name for name, shard in weight_map.items() if found.get(name) != shard)
     if wrong:
         raise ModelFileError(f"{index_path}: not in the shard that weight_map names: {_listed(wrong)}")
     return entries
+
+
+def shards_of(index_path: Path) -> list[str]:
+    """The files that an index names, sorted. Raises ModelFileError for anything but plain names of safetensors."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelFileError(f"{index_path}: weight_map must map tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ModelFileError(f"{index_path}: shard {shard!r} is not the plain name of a .safetensors file here")
+    return shards
 
 
 def _read_header(path: Path) -> list[Stored]:
@@ -191,11 +200,13 @@ def _by_normalised_name(entries: list[Stored], family: str) -> dict[str, Stored]
     return stored
 
 
-def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, names.Shape], family: str) -> None:
+def _check(
+    folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, names.Shape], family: str, model: str
+) -> None:
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise WeightsError(
-            f"{folder}: {len(missing)} tensors of this {family} classifier are missing: {_listed(missing)}. "
+            f"{folder}: {len(missing)} tensors of this {model} are missing: {_listed(missing)}. "
             f"minilpt never makes up weights: use a checkpoint fine-tuned for sequence classification"
         )
     scales = {name + SCALE_SUFFIX for name in wanted if stored[name].dtype == "I8"}
@@ -203,7 +214,7 @@ def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, name
     unexpected = [stored[name].name for name in extra if not names.is_unused(name, family)]
     if unexpected:
         raise WeightsError(
-            f"{folder}: {len(unexpected)} tensors have no place in this {family} classifier: {_listed(unexpected)}. "
+            f"{folder}: {len(unexpected)} tensors have no place in this {model}: {_listed(unexpected)}. "
             f"Is config.json the right one for these weights?"
         )
     for name, shape in wanted.items():

@@ -67,9 +67,9 @@ TABLES: Mapping[str, NameTable] = {
     ),
 }
 
-# Tensors that checkpoints carry and a classifier never reads, as patterns on the name without its family prefix:
-# poolers of families whose head has none, language-model and discriminator heads, position buffers, and the
-# quantisation buffers of the I-BERT and LTP code.
+# Tensors that checkpoints carry and a model without use for them never reads, as patterns on the name without its
+# family prefix: poolers, language-model and discriminator heads, position buffers, and the quantisation buffers of the
+# I-BERT and LTP code.
 UNUSED = tuple(
     re.compile(pattern)
     for pattern in (
@@ -127,7 +127,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= _linear(f"{at}inner", F, D) | _linear(f"{at}outer", D, F)
         for name in ("attention_norm", "outer_norm"):
             shapes |= {f"{at}{name}.weight": (D,), f"{at}{name}.bias": (D,)}
-    return shapes | _linear("head.dense", D, D) | _linear("head.out", len(config.labels), D)
+    if config.labels:
+        shapes |= _linear("head.dense", D, D) | _linear("head.out", len(config.labels), D)
+    return shapes
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:

@@ -30,7 +30,7 @@ from .products import product, quantize
 
 @compiled
 def forward(model_address, batch_address, work_address, thread, threads):
-    """Classify the batch. Addresses of one `blocks.MODEL`, `blocks.BATCH` and `blocks.WORK`; thread in range(threads)."""
+    """Run the batch. Addresses of one `blocks.MODEL`, `blocks.BATCH` and `blocks.WORK`; thread in range(threads)."""
     model, batch, work = (
         record(model_address, blocks.MODEL),
         record(batch_address, blocks.BATCH),
@@ -55,7 +55,10 @@ def forward(model_address, batch_address, work_address, thread, threads):
             for b in range(B):
                 n_attention[b], n_ffn[b] = bounds[b + 1] - bounds[b], after[b + 1] - after[b]
         copy(own, own + 8 * (B + 1), 8 * (B + 1))
-    classify(model, batch, work, bounds, thread, threads)
+    if batch.rows:
+        copy_last_rows(model, batch, work, bounds[B], thread, threads)
+    if batch.logits:
+        classify(model, batch, work, bounds, thread, threads)
 
 
 @compiled
@@ -358,6 +361,14 @@ def gather_first(model, work, bounds, begin, end):
         x, target = work.x.floats + bounds[s] * work.x.stride, work.first.floats + s * work.first.stride
         copy(target, x, 4 * model.width)
     quantize_rows(model, work.first, begin, end, model.width)
+
+
+@compiled
+def copy_last_rows(model, batch, work, count, thread, threads):
+    """What the last layer leaves in work.x, (count, D) float32."""
+    begin, end = share(count, thread, threads)
+    for row in range(begin, end):
+        copy(batch.rows + 4 * row * model.width, work.x.floats + row * work.x.stride, 4 * model.width)
 
 
 @compiled

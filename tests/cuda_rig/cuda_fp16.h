@@ -1,0 +1,1 @@
+// Found instead of CUDA's own: simt.h has what it defines.
