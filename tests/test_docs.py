@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cuda_rig import simt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import minilpt
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TEXT = "a gorgeous , witty , seductive movie ."
 NEEDS = {"fastapi_app": ("fastapi", "httpx"), "pandas_column": ("pandas",), "ray_job": ("ray", "pandas", "pyarrow")}
-INSTALL = {"fastapi_app": "fastapi httpx", "pandas_column": "pandas", "ray_job": "'minilpt[ray]'"}
+INSTALL = {"fastapi_app": "'minilpt[test]'", "pandas_column": "'minilpt[test]'", "ray_job": "'minilpt[ray]'"}
 
 
 def needs(name: str) -> None:
@@ -70,7 +70,6 @@ def test_pandas_column(tmp_path: Path) -> None:
     assert (first[-2], second[-2]) == ("positive", "negative")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fastapi_app() -> None:
     needs("fastapi_app")
     from fastapi.testclient import TestClient
