@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from browser import CHROMIUM, CTRL, Page, browser
 from serving import served
@@ -29,6 +30,12 @@ def text_of(page: Page, selector: str) -> str:
     return page.value(f"document.querySelector({selector!r}).innerText")
 
 
+def visit(page: Page, client: httpx.Client) -> None:
+    """Open the page of the server; the first field takes the focus, though only at the first frame after loading."""
+    page.open(str(client.base_url))
+    page.until("document.activeElement.id === 'text'")
+
+
 def classify(page: Page, text: str) -> None:
     """Type over what stands in the first field, which has the focus, and press Ctrl+Enter."""
     page.value("document.getElementById('text').select()")
@@ -41,8 +48,7 @@ def test_a_text_gets_its_label_its_scores_and_its_tokens_by_layer(page: Page, mo
     text = "a 🎬 gorgeous , witty <b>movie</b> ."
     prediction, explanation = model.predict(text)[0], model.explain(text)
     with served(model) as client:
-        page.open(str(client.base_url))
-        assert page.value("document.activeElement.id") == "text"
+        visit(page, client)
         classify(page, text)
         assert text_of(page, "#label") == f"{prediction.label} {prediction.score:.3f}"
         assert "positive" in text_of(page, "#scores") and "negative" in text_of(page, "#scores")
@@ -63,7 +69,7 @@ def test_a_text_gets_its_label_its_scores_and_its_tokens_by_layer(page: Page, mo
 def test_keys_alone_reach_everything_and_a_pair_is_a_pair(page: Page, model: minilpt.Classifier) -> None:
     pair = ("good film", "bad film")
     with served(model) as client:
-        page.open(str(client.base_url))
+        visit(page, client)
         page.value("document.getElementById('text').select()")
         page.type(pair[0])
         page.press("Tab")
@@ -79,7 +85,7 @@ def test_keys_alone_reach_everything_and_a_pair_is_a_pair(page: Page, model: min
 
 def test_errors_are_shown_and_a_key_is_asked_for(page: Page, model: minilpt.Classifier) -> None:
     with served(model, api_key="k") as client:
-        page.open(str(client.base_url))
+        visit(page, client)
         classify(page, "good")
         assert "API key" in text_of(page, "#error")
         assert page.value("document.activeElement.id") == "key"
@@ -100,7 +106,7 @@ def luminance(color: str) -> float:
 def test_text_is_readable_in_light_and_dark(page: Page, model: minilpt.Classifier, scheme: str, tmp_path: Path) -> None:
     with served(model) as client:
         page.scheme(scheme)
-        page.open(str(client.base_url))
+        visit(page, client)
         classify(page, "the plot is nothing but boilerplate cliches , and the jokes are older than that .")
         paper = page.value("getComputedStyle(document.body).backgroundColor")
         assert (luminance(paper) > 0.5) == (scheme == "light")
