@@ -38,7 +38,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 cuda-rig: cuda-compile cuda-mutants
 
 cuda-compile: $(VENV)/.installed-cuda-rig
-	$(BIN)/python -m pytest -q tests/test_cuda_compile.py
+	CUDA_RIG_REQUIRED=1 $(BIN)/python -m pytest -q tests/test_cuda_compile.py
 
 cuda-mutants: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python -m cuda_rig.mutants --only "no block barrier" --only "no warp barrier" \

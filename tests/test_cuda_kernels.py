@@ -34,7 +34,7 @@ HALF_EPS = float(np.finfo(np.float16).eps)
 TYPES = ("float32", "float16")
 GEOMETRIES = (Geometry(), Geometry(1, 1, 1, 2), Geometry(2, 2, 3, 1))
 # Of attention: number and width of heads, and lengths. Widths are whole fours, an even and an odd number of them, and
-# others, for each of the context kernels. Long texts, of one to four blocks of queries, have narrow heads: they take long.
+# others, for each of the context kernels. Long texts, one to four blocks of queries, have narrow heads: they take long.
 HEADS = ((1, 1), (2, 8), (3, 12), (2, 33), (1, 64), (1, 66), (1, 128))
 CASES = [(*heads, lengths) for heads in HEADS for lengths in ((1,), (2, 1, 33))]
 CASES += [(2, 8, (63, 64, 65)), (3, 12, (130, 7)), (1, 66, (64, 200))]

@@ -28,6 +28,7 @@ _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _SECTION = re.compile(r"\.text\.(\w+)")
+_MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ,")  # zero times zero and a constant: how the compiler writes constants
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 
 
@@ -121,7 +122,7 @@ def _opcodes(cubin: bytes) -> dict[str, Counter[str]]:
         if ".section" in line and (section := _SECTION.search(line)):
             current = found.setdefault(section[1], Counter())
         elif opcode := _OPCODE.search(line):
-            current[opcode[1]] += 1
+            current["MOV.HFMA2" if _MOVE.search(line) else opcode[1]] += 1
     return found
 
 
