@@ -48,7 +48,6 @@ cuda-mutants: $(VENV)/.installed-test
 # On a machine with a card: the kernels' and the engine's tests on it, then the benchmark beside PyTorch.
 gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
-	$(BIN)/python -c "from minilpt import cuda_device; print(cuda_device.find().name)"
 	$(BIN)/python -m pytest -q -m gpu tests
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
 

@@ -207,11 +207,16 @@ def header(found: Mapping[str, Any], source: str) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    rows = [
-        "| source | kernels | registers | threads of a block | its shared memory, KB | resident, % |",
-        "| --- " * 6 + "|",
-    ]
-    rows += [f"| `{source}` | {names} | {' | '.join(numbers)} |" for source, names, numbers in _groups(found)]
+    """Kernels of a source that are launched and resident alike; the range of their registers."""
+    alike: dict[tuple[str, ...], dict[str, int]] = {}
+    for name, kernel in found["kernels"].items():
+        registers, *rest = _numbers(kernel)
+        alike.setdefault((kernel["source"], *rest), {})[name] = int(registers)
+    rows = ["| source | kernels | registers | threads | shared KB | resident % |", "| --- " * 6 + "|"]
+    for (source, *rest), registers in alike.items():
+        least, most = min(registers.values()), max(registers.values())
+        used = str(least) if least == most else f"{least} to {most}"
+        rows.append(f"| `{source}` | {', '.join(registers)} | {' | '.join([used, *rest])} |")
     return "\n".join(rows)
 
 

@@ -179,7 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=workloads.SHAPES, default=list(workloads.SHAPES))
     options = parser.parse_args(arguments)
-    device, left_out = cuda_device.find(), why_no_torch()
+    try:
+        device, left_out = cuda_device.find(), why_no_torch()
+    except minilpt.MinilptError as error:
+        raise SystemExit(str(error)) from None
     shapes = {shape: measure(shape, options.sequences, options.rounds) for shape in options.shapes}
     found = {
         "date": date.today().isoformat(),

@@ -59,6 +59,14 @@ def test_without_a_cuda_build_of_pytorch_the_report_says_what_is_left_out(
     assert not any("PyTorch" in name for name in checks)
 
 
+def test_without_a_card_one_sentence_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda_device, "installed", lambda: False)
+    cuda_device._found.cache_clear()
+    with pytest.raises(SystemExit, match="CuPy is not installed: pip install"):
+        gpu.main(["--out", str(tmp_path / "gpu.json")])
+    cuda_device._found.cache_clear()
+
+
 def test_wrong_answers_are_not_timed() -> None:
     kept = np.array([[5, 6, 7], [2, 3, 4]])
     truth = Answers(np.zeros((3, 2)), kept)

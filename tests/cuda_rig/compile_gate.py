@@ -1,7 +1,6 @@
 """What NVIDIA's compiler makes of a source, for cards that are not there: registers, spills, opcodes, occupancy.
 
-NVRTC of CUDA 12 and 13 and nvdisasm come from pip packages (nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12,
-nvidia-cuda-nvrtc, -runtime and -crt, nvidia-cuda-nvdisasm); neither needs a driver.
+NVRTC of CUDA 12 and 13 and nvdisasm come from pip packages (PACKAGES); neither needs a driver.
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 COMPILERS = {
     12: ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include"),
     13: ("cu13/lib/libnvrtc.so.13", "cu13/include"),
+}
+PACKAGES = {
+    12: "nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvdisasm",
+    13: "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm",
 }
 OPTIONS = ("-std=c++17", "--fmad=false", "--ptxas-options=-v", "-default-device")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
@@ -53,7 +56,7 @@ def missing(cuda: int) -> str | None:
     library, headers = COMPILERS[cuda]
     for part in (library, f"{headers}/cuda_fp16.h", "cu13/bin/nvdisasm"):
         if _find(part) is None:
-            return f"needs {part} of NVIDIA's packages: pip install '.[cuda-rig]'"
+            return f"needs {part}: pip install {PACKAGES[cuda]}"
     return None
 
 
