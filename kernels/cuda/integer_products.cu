@@ -15,7 +15,7 @@ namespace {
 
 constexpr int TILE = 64, STEP = 8;        // rows and outputs of a block; words of four inputs at a time
 constexpr int SIDE = 16, EACH = 4;        // threads along each side, sums of each along that side
-constexpr int PITCH = TILE + 4;           // words: a warp's 32 writes, eight words of four rows or so, meet no bank twice
+constexpr int PITCH = TILE + 4;           // words: a warp writes words j and j + 4 of 16 rows, and meets no bank twice
 
 // Four inputs from `k` on of a row of K, as one word; zeros behind its end.
 __device__ __forceinline__ int word(const signed char* row, int k, int K) {
