@@ -84,8 +84,8 @@ def _parameter(text: str) -> tuple[type[np.generic], bool]:
 
 
 def pitch(words: int) -> int:
-    """From a row in shared memory to the next: an odd number of words, so that 32 rows meet no bank twice."""
-    return words | 1
+    """From a row in shared memory to the next: an odd number of fours, which are read at a time."""
+    return 4 * (math.ceil(words / 4) | 1)
 
 
 def rows_words(warps: int, words: int) -> int:
