@@ -25,8 +25,13 @@ def longest_text(head_width: int) -> int:
 
 
 def _rows_words(warps: int, head_width: int) -> int:
-    """Of a block's queries and one tile of keys; rows lie an odd number of words apart."""
-    return (warps * ROWS + TILE) * (head_width | 1)
+    """Of a block's queries and one tile of keys."""
+    return (warps * ROWS + TILE) * _pitch(head_width)
+
+
+def _pitch(head_width: int) -> int:
+    """Words from a row in shared memory to the next: an odd number of fours."""
+    return 4 * (math.ceil(head_width / 4) | 1)
 
 
 class FloatKernels(Kernels):
@@ -106,7 +111,7 @@ class FloatKernels(Kernels):
         D, d = out.shape[1], out.shape[1] // heads
 
         def shared_bytes(warps: int) -> int:
-            return 4 * (_rows_words(warps, d) + TILE * (d | 1))
+            return 4 * (_rows_words(warps, d) + TILE * _pitch(d))
 
         warps, made_for = self.attention_warps(shared_bytes), next(width for width in HEAD_WIDTHS if width >= d)
         queries = (q_array, q_array.shape[1], q_rows, q_bounds)

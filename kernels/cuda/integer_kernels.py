@@ -82,8 +82,8 @@ def longest_text(head_width: int) -> int:
 
 
 def _rows_words(warps: int, head_width: int) -> int:
-    """Of a block's queries and one tile of keys; rows lie an odd number of words of four bytes apart."""
-    return (warps * ROWS + TILE) * (math.ceil(head_width / 4) | 1)
+    """Of a block's queries and one tile of keys; a row has words of four bytes, an odd number of fours of them."""
+    return (warps * ROWS + TILE) * 4 * (math.ceil(head_width / 16) | 1)
 
 
 class IntegerKernels(Kernels):
