@@ -13,7 +13,8 @@ import math
 import os
 import tempfile
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,27 @@ CACHE_VARIABLE = "MINILPT_CACHE_DIR"
 PARTS = ("float", "integer")  # "integer": of integer-only models, which the others never need
 ENTRY = "minilpt_kernels"  # an object file's one function
 ALIGNMENT = 64  # bytes of a cache line and of the widest vector
-_ALIVE: list[Any] = []
 # Numba's convention: (result, exception, arguments...) -> status. Ours has no result and raises nothing.
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
 def run(operation: int, *arguments: int) -> None:
     """One operation of `blocks` on numbers, addresses and byte strides. Compiles at the first call in a new cache."""
+    prepared(operation, *arguments)()
+
+
+def prepared(operation: int, *arguments: int, memory: object = None) -> Callable[[], None]:
+    """What `run` would do, for a later call: whatever can fail in Python has not by then. memory: kept until then."""
     block = np.array(arguments + (0,) * (10 - len(arguments)), np.int64)
     ignored = (ctypes.c_void_p * 2)()
     place = ctypes.addressof(ignored)
-    status = entry(part_of(operation))(place, place + 8, operation, block.ctypes.data)
-    assert status == 0, f"operation {operation} ended with {status}"
+    call = place, place + 8, operation, block.ctypes.data
+    return partial(_done, entry(part_of(operation)), call, (block, ignored, memory))
+
+
+def _done(function: Any, call: tuple[int, ...], memory: object) -> None:
+    status = function(*call)
+    assert status == 0, f"operation {call[2]} ended with {status}"
 
 
 @cache
@@ -113,8 +123,9 @@ def _linked_here(part: str) -> int:
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _ALIVE.append(engine)  # the code lives as long as it
-    return engine.get_function_address(ENTRY)
+    address: int = engine.get_function_address(ENTRY)
+    engine.detach()  # never freed: at the interpreter's end a daemon thread may be running the code
+    return address
 
 
 def stored(rung: Rung, part: str) -> bytes | None:
@@ -164,8 +175,13 @@ def _write_whole(path: Path, code: bytes) -> None:
     """Write beside it, then rename: another process sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        file.write(hashlib.sha256(code).digest() + code)
-    os.replace(file.name, path)
+        try:
+            file.write(hashlib.sha256(code).digest() + code)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:  # a full disk above all: nothing may be left that keeps it full
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

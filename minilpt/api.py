@@ -123,6 +123,14 @@ class Classifier:
         """The folder's tokenizer under the model's limits. Raises TokenizerError if there is none."""
         return self._text_encoder()
 
+    def close(self) -> None:
+        """End the model's threads and free its scratch memory, also those of models that share its weights.
+
+        Not needed before the interpreter ends, or before the last reference goes; a model that is used again has them
+        again.
+        """
+        self._engine.close()
+
     def with_pruning(self, pruning: str | Path | Mapping[str, Any] | Pruning | None) -> Classifier:
         """The same weights under another pruning, as `load(pruning=...)` means it; this model stays as it is.
 

@@ -8,7 +8,7 @@ sequences, N packed tokens, H heads, D width, F inner width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from itertools import pairwise
@@ -133,6 +133,11 @@ class CompiledEngine:
         rows = [item.rows[: n.sum()] for item, n in zip(items, lengths, strict=True)]
         return LastRows(np.concatenate(rows), ragged.boundaries(np.concatenate(lengths)))
 
+    def close(self) -> None:
+        """End the threads and free the scratch memory. They come again if the engine is used again."""
+        self._threads.close()
+        self._free.clear()
+
     def _run_items(self, batch: TokenBatch, wanted: Wanted) -> list[_Item]:
         """The batch as work items, in order, one at least, with their results."""
 
@@ -160,15 +165,16 @@ class CompiledEngine:
         except IndexError:
             workspace = _Workspace()
         batch, work = item.record(self._rules.records), workspace.record(self.program, item.batch, threads, pruned)
+        memory = self, item, batch, workspace, work  # in use to the end, even if an interrupt takes this frame away
 
-        def part(thread: int, threads: int) -> None:
+        def part(thread: int, threads: int) -> Callable[[], None]:
             places = (block.ctypes.data for block in (self.program.record, batch, work))
-            compiled.run(self.program.operation, *places, thread, threads)
+            return compiled.prepared(self.program.operation, *places, thread, threads, memory=memory)
 
         if together:
             self._threads.together(part)
         else:
-            part(0, 1)
+            part(0, 1)()
         self._free.append(workspace)
 
 

@@ -210,6 +210,9 @@ class CudaEngine:
         with self._run(batch, first_row_only=first_only, trace=False) as run:
             return run.last_rows()
 
+    def close(self) -> None:
+        """Nothing to end: CuPy keeps the card's memory for all engines."""
+
     @contextmanager
     def _run(self, batch: TokenBatch, *, first_row_only: bool, trace: bool) -> Iterator[_Run]:
         """The batch, on a stream that no other run has."""

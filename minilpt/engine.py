@@ -72,6 +72,9 @@ class Engine(Protocol):
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
 
+    def close(self) -> None:
+        """End its threads and free its scratch memory. They come again if it is used again."""
+
 
 def outcome(
     config: ModelConfig,

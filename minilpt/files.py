@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +22,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A temporary neighbour to write to, then renamed: the file is there whole, or as it was if anything goes wrong.
 
-    A link stays one, and its target is written. Raises InputError if the file cannot be written, or if something else
-    than a file has its name.
+    Of several writers at once each has a neighbour of its own, and the last one's file stays. A link stays one, and its
+    target is written. Raises InputError if the file cannot be written, or if something else than a file has its name.
     """
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise InputError(f"{path}: cannot be written: it is there and is no file")
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name[:99]}-{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
         partial.replace(target)
     except OSError as error:

@@ -85,7 +85,7 @@ def _classifier(
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(source.folder, config)
     except (TokenizerError, DependencyError) as error:
-        encoder = error  # raised when texts are asked for
+        encoder = error.with_traceback(None)  # raised when texts are asked for; its frames would hold the engine
     return Classifier(source, config, engine, chosen, encoder)
 
 

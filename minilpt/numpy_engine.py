@@ -86,6 +86,9 @@ class NumpyEngine:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
         return self._encode(batch, first_row_only=first_only, traced=None)[0]
 
+    def close(self) -> None:
+        """Nothing to end: BLAS's threads are the process's."""
+
     def _encode(
         self, batch: TokenBatch, *, first_row_only: bool, traced: Traced | None
     ) -> tuple[LastRows, Int32, Int32]:

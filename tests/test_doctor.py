@@ -82,6 +82,7 @@ def test_a_lower_rung_is_noted_and_an_unknown_one_is_a_problem(monkeypatch: pyte
 
 def test_a_quota_between_whole_cores_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(threads, "OWN_CGROUPS", tmp_path / "none")
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     finding = found("threads")
     assert (finding.level, "quota is 0.5" in finding.found) == ("note", True)
