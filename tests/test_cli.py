@@ -139,7 +139,7 @@ def test_an_empty_file_gives_no_output(run: Run, folder: Path) -> None:
 
 
 def test_the_table_has_one_header_and_one_line_a_text(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "CHUNK", 2)
+    monkeypatch.setattr(cli.answers, "CHUNK", 2)
     texts = ["good film", "two\nlines", "", "not bad", "a"]
     code, out, err = run("predict", "--model", folder, "--format", "table", *texts)
     head, *rows = out.splitlines()
@@ -167,13 +167,13 @@ def test_a_large_file_runs_in_chunks_and_gives_the_same(
     lines = b"".join(b"film " * (n % 7) + b"\n" for n in range(23))
     options = ("predict", "--model", folder, "--input", "-", "--batch-tokens", "1")
     whole = run(*options, stdin=lines)
-    monkeypatch.setattr(cli, "CHUNK", 4)
+    monkeypatch.setattr(cli.answers, "CHUNK", 4)
     assert run(*options, stdin=lines) == whole
     assert len(parsed(whole[1])) == 23
 
 
 def test_answers_before_a_broken_row_are_printed(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "CHUNK", 1)
+    monkeypatch.setattr(cli.answers, "CHUNK", 1)
     stdin = b'{"text": "good"}\n{"text": "bad"}\n{"text": 3}\n'
     code, out, err = run("predict", "--model", folder, "--input", "-", "--input-format", "jsonl", stdin=stdin)
     assert code == 1
@@ -230,7 +230,7 @@ def test_long_texts_are_cut_as_asked_and_a_line_on_stderr_says_so(run: Run, fold
 def test_a_text_that_is_too_long_is_counted_from_the_rows_answered_before(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "CHUNK", 2)
+    monkeypatch.setattr(cli.answers, "CHUNK", 2)
     (tmp_path / "rows.txt").write_text("\n".join(["good", "bad", "good", LONG[0]]))
     code, out, err = run("predict", "--model", folder, "--truncation", "error", "--input", tmp_path / "rows.txt")
     assert (code, len(parsed(out))) == (1, 2)
@@ -245,7 +245,7 @@ def test_a_text_that_is_too_long_is_counted_from_the_rows_answered_before(
 def test_embeddings_are_json_lines_or_a_file(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(cli, "CHUNK", 2)
+    monkeypatch.setattr(cli.answers, "CHUNK", 2)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LONG))
     wanted = minilpt.load(folder).embed(LONG, **options)
     arguments = ["--pooling", "cls", "--no-normalize", "--truncation", "tail"] if options else []
@@ -270,7 +270,7 @@ def test_no_texts_give_an_array_without_rows(run: Run, folder: Path, tmp_path: P
 def test_an_error_leaves_the_file_as_it_was(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(cli, "CHUNK", 2)
+    monkeypatch.setattr(cli.answers, "CHUNK", 2)
     (tmp_path / name).write_text("old")
     code, out, err = run(
         "embed", "--model", folder, "--truncation", "error", "--out", tmp_path / name, *["a"] * 4, *LONG
@@ -536,7 +536,7 @@ def test_an_interrupt_is_exit_code_130_without_a_traceback(run: Run, monkeypatch
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupted)
+    monkeypatch.setattr(cli.options, "load", interrupted)
     assert run("predict", "good")[:2] == (130, "")
 
 

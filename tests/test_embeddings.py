@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,15 +350,3 @@ def test_a_head_that_has_no_place_is_refused(tmp_path: Path) -> None:
     write_json(folder / "config.json", checkpoints.config(architectures=["BertModel"]))
     with pytest.raises(minilpt.WeightsError, match=r"have no place in this bert encoder: classifier\.bias"):
         minilpt.load(folder)
-
-
-def test_the_example_of_the_documentation_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "embeddings.md").read_text(encoding="utf-8")
-    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert program
-    headless(tmp_path / "my-encoder")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(program[1], "embeddings.md", "exec"), {})
-    assert capsys.readouterr().out == "(2, 32) float32\n"

@@ -57,7 +57,12 @@ def room_of(path: Path) -> str:
     """The module or package on whose floor a source file lives. Recipes are programs, like the command line."""
     if path.is_relative_to(ROOT / "weights" / "recipes"):
         return "recipes"
-    for name, room in {"kernels": "kernels", "weights": "weights", "serving": "minilpt/serving"}.items():
+    for name, room in {
+        "kernels": "kernels",
+        "weights": "weights",
+        "serving": "minilpt/serving",
+        "cli": "minilpt/cli",
+    }.items():
         if path.is_relative_to(ROOT / room):
             return name
     return path.stem
