@@ -13,7 +13,7 @@ and a rule by counts, which lengths alone decide, are not waited for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from . import ragged
 from .backends import Backend
 from .config import ModelConfig
 from .cuda_device import CudaDevice, compile_kernels
-from .engine import Forward, LastRows, outcome
+from .engine import Forward, LastRows, Prefix, outcome
 from .errors import BackendError, InputError
 from .kernels import blocks
 from .kernels.cuda import QUERIES, Array, Kernels
@@ -165,9 +165,17 @@ class CudaEngine:
             card.synchronize()
         return engine
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
         """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only.
 
+        entering, prefix: see `Engine.run`; no rows are kept, so there is nothing to take up.
         InputError for a text whose attention does not fit in a block's shared memory, BackendError where the GPU's
         memory does not hold the batch.
         """
