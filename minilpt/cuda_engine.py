@@ -16,7 +16,7 @@ without a rule, and a rule by counts, which lengths alone decide, are not waited
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from . import ragged
 from .backends import Backend
 from .config import ModelConfig
 from .cuda_device import CudaDevice, compile_kernels, loading, out_of_memory
-from .engine import Forward, LastRows, outcome
+from .engine import Forward, LastRows, Prefix, outcome
 from .errors import BackendError, InputError
 from .kernels import blocks
 from .kernels.cuda import MOST_WIDTH, QUERIES, Array, Kernels
@@ -188,12 +188,20 @@ class CudaEngine:
             card.synchronize()
         return engine
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
         """Classify the batch: logits (B, labels) float32, lengths and FLOPs, as `Forward` has them.
 
         With trace the last layer evaluates its rule too, instead of computing row 0 only, and masses and kept tokens of
-        all layers come along. InputError for a text whose attention does not fit in a block's shared memory, and for
-        more than MOST_SEQUENCES; BackendError where the card's memory does not hold the batch.
+        all layers come along. entering, prefix: see `Engine.run`; no rows are kept, so there is nothing to take up.
+        InputError for a text whose attention does not fit in a block's shared memory, and for more than MOST_SEQUENCES;
+        BackendError where the card's memory does not hold the batch.
         """
         if not len(batch.ids):
             return _nothing(self.config, trace)
