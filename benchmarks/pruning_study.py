@@ -6,7 +6,8 @@
 Operating points are chosen on unlabelled texts that no model was trained on, and then measured once on the dev set: for
 each share of the dense counted FLOPs, every method's own parameter is set to meet it there. `calibrated`,
 `ramp`, `topk` and `relative` prune the plain fine-tuned model; `learned` is the model whose weights were tuned with its
-thresholds, all of them scaled by one factor for other shares.
+thresholds, all of them scaled by one factor for other shares; `tuned` is the plain model calibrated, its weights tuned
+for those thresholds, and calibrated again.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from minilpt.tasks import TASKS, Example, Task, gold, read_examples
 
 from . import files
 from .processes import ROOT
-from .study_data import SOURCES
+from .study_data import SOURCES, Source
 
 RESULTS = ROOT / "benchmarks" / "results" / "pruning_study.json"
 RATIOS = (0.8, 0.7, 0.6, 0.526, 0.5, 0.4, 0.33, 0.25)  # 0.526 is 1.9 x fewer
-CALIBRATED = "calibrated.json"  # in a task's folder
-METHODS = ("calibrated", "learned", "ramp", "topk", "relative")
+CALIBRATED = "calibrated.json"
+CALIBRATIONS = {"calibrated": CALIBRATED, "tuned": "recalibrated.json"}  # in a task's folder
+METHODS = ("tuned", "calibrated", "learned", "ramp", "topk", "relative")
 TIMED_AT, ROUNDS = 0.5, 7
 RESAMPLES = 2000
 BATCH = 128  # sequences in one traced forward pass
@@ -91,7 +93,6 @@ def study(work: Path, name: str, methods: Sequence[str], record: dict[str, Any],
     models = {kind: minilpt.load(work / name / kind) for kind in {"plain", *map(model_of, methods)}}
     plain = models["plain"]
     dev = sample(read_examples(work / name / "dev.jsonl", task), source.measured_texts)
-    unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
     texts, wanted = [each.text for each in dev], gold(dev, task, plain.config.labels)
     dense = {kind: Measured(model, None, texts) for kind, model in models.items()}
     record |= {
@@ -105,11 +106,12 @@ def study(work: Path, name: str, methods: Sequence[str], record: dict[str, Any],
     points, rules = (record.setdefault(key, {}) for key in ("points", "rules"))
     for method in methods:
         model = models[model_of(method)]
-        if method == "calibrated":
-            record["calibration"] = calibration(plain, unlabelled[: source.searched_texts], work / name / CALIBRATED)
-            rule_of = along(record["calibration"].pop("pruning"))
+        if method in CALIBRATIONS:
+            found = calibration(model, unlabelled(work / name, source), work / name / CALIBRATIONS[method])
+            rule_of = along(found.pop("pruning"))
+            record.setdefault("calibration", {})[method] = found
         else:
-            rule_of = family(method, model, unlabelled[: source.bisected_texts])
+            rule_of = family(method, model, unlabelled(work / name, source)[: source.bisected_texts])
         points[method] = []
         for share, rule in ((share, rule_of(share)) for share in RATIOS):
             if rule is None:
@@ -128,18 +130,24 @@ def study(work: Path, name: str, methods: Sequence[str], record: dict[str, Any],
     record["speedup"] = record.get("speedup", {}) | found
 
 
+def unlabelled(folder: Path, source: Source) -> list[Any]:
+    """The texts that operating points are chosen on."""
+    examples = read_examples(folder / "calibrate.jsonl", TASKS[source.task])
+    return [each.text for each in examples[: source.searched_texts]]
+
+
 def model_of(method: str) -> str:
     """The folder of the model that a method prunes."""
-    return "learned" if method == "learned" else "plain"
+    return method if method in ("learned", "tuned") else "plain"
 
 
-def calibration(model: minilpt.Classifier, unlabelled: Sequence[Any], path: Path) -> dict[str, Any]:
+def calibration(model: minilpt.Classifier, texts: Sequence[Any], path: Path) -> dict[str, Any]:
     """What `minilpt.calibrate` finds on these texts, and how long it took; kept in the file, and read from there."""
     if not path.is_file():
         began = time.perf_counter()
-        found = minilpt.calibrate(model, unlabelled, flops_ratio=min(RATIOS))
+        found = minilpt.calibrate(model, texts, flops_ratio=min(RATIOS))
         seconds = time.perf_counter() - began
-        files.write_json(path, {"texts": len(unlabelled), "seconds": seconds, "pruning": found.pruning})
+        files.write_json(path, {"texts": len(texts), "seconds": seconds, "pruning": found.pruning})
     return files.read_json(path)
 
 
@@ -154,7 +162,7 @@ def along(pruning: Mapping[str, Any]) -> Callable[[float], Rule]:
     return rule
 
 
-def family(method: str, model: minilpt.Classifier, unlabelled: Sequence[Any]) -> Callable[[float], Rule]:
+def family(method: str, model: minilpt.Classifier, texts: Sequence[Any]) -> Callable[[float], Rule]:
     """The rule of a method with one parameter that meets a share of the counted FLOPs on these texts."""
     stored = model.pruning.settings["thresholds"] if model.pruning else ()
     z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": 64}
@@ -165,7 +173,7 @@ def family(method: str, model: minilpt.Classifier, unlabelled: Sequence[Any]) ->
         "relative": (0.0, 0.999, lambda threshold: {"rule": "relative", "token_threshold": threshold}),
     }
     low, high, rule_of = ranges[method]
-    return lambda share: met(share, low, high, rule_of, lambda rule: Measured(model, rule, unlabelled).counted)
+    return lambda share: met(share, low, high, rule_of, lambda rule: Measured(model, rule, texts).counted)
 
 
 def sample(examples: list[Example], count: int) -> list[Example]:

@@ -6,12 +6,14 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import minilpt
 from minilpt.config import read_config
+from minilpt.pruning import Threshold
 from minilpt.tasks import TASKS, read_examples
 from minilpt.text import TextEncoder
 
@@ -21,7 +23,7 @@ torch = pytest.importorskip("torch", reason="recipes need torch (extra train)")
 
 from minilpt.weights.recipes import export, ltp_bert, operating_point, train_ltp  # noqa: E402
 
-SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0, denominator_limit=20)
+SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,27 @@ def test_the_later_stages_learn_from_the_mean_of_label_and_teachers(base: Path, 
     assert torch.allclose(soft, (labels + torch.softmax(sum(answers) / 2, -1)) / 2, atol=1e-5)
 
 
+def test_weights_are_tuned_for_thresholds_of_another(base: Path, data: Path, tmp_path: Path) -> None:
+    """The rule stays as it is but for one factor, and is what the engine then obeys."""
+    train(base, data, tmp_path / "first", "--stages", "dense")
+    record = {"rule": "threshold", "thresholds": [0.0, 0.8, 512.0], **MERGED}
+    (tmp_path / "ltp.json").write_text(json.dumps(record))
+    more = ["--rule", str(tmp_path / "ltp.json"), "--teachers", str(tmp_path / "first"), "--flops", "0.6"]
+    with pytest.raises(SystemExit):
+        train(base, data, tmp_path / "tuned", *more)  # its soft stage would learn other thresholds
+    train(base, data, tmp_path / "tuned", *more, "--epochs", "0", "0", "2")
+    export.export(base, tmp_path / "tuned", tmp_path / "model", ["negative", "positive"])
+    found = minilpt.load(tmp_path / "model").pruning
+    assert found is not None
+    assert found.settings.items() >= MERGED.items()
+    first, second, third = found.settings["thresholds"]
+    assert (first, third / second) == (0, pytest.approx(640, rel=1e-3))
+    assert found.method == export.TUNED
+    runs = (tmp_path / "first" / "dense.pt", tmp_path / "tuned" / "hard.pt")
+    before, after = (torch.load(path, weights_only=True)["params"]["classifier.weight"] for path in runs)
+    assert not torch.equal(before, after)
+
+
 def test_pairs_and_scores_are_learned_too(base: Path, tmp_path: Path) -> None:
     """Regression on pairs, chosen on held-out examples; the plain model comes without thresholds."""
     draw = random.Random(4)
@@ -168,29 +191,38 @@ def test_pairs_and_scores_are_learned_too(base: Path, tmp_path: Path) -> None:
     assert plain.config.problem_type == "regression"
     params = train_ltp._as_stored(torch.load(run / "dense.pt", weights_only=True)["params"])
     ids, segments = plain.encode([("a good film", "the film")])
-    shape = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0, denominator_limit=20)
+    shape = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0)
     row, kinds = torch.tensor(ids), torch.tensor(segments)
     assert 0 < kinds.sum() < kinds.numel()
     want = ltp_bert.forward(params, shape, row, torch.ones_like(row, dtype=torch.bool), kinds)[0]
     np.testing.assert_allclose(plain.forward(ids, segments).logits, want.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("thresholds", [None, [0.0, 0.05, 0.2], [0.1, 0.12, 0.15]])
-def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, thresholds: list[float] | None) -> None:
-    pruning = (
-        None
-        if thresholds is None
-        else {"rule": "threshold", "thresholds": thresholds, "score_denominator": "initial", "denominator_limit": 20}
-    )
-    model = minilpt.load(base, pruning=pruning)
+OVER_20 = {"score_denominator": "initial", "denominator_limit": 20}
+MERGED = {"score_denominator": 1, "merge_removed": True}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        None,
+        {"thresholds": [0.0, 0.05, 0.2], **OVER_20},
+        {"thresholds": [0.1, 0.12, 0.15], **OVER_20},
+        {"thresholds": [0.0, 0.9, 1.1], **MERGED},
+        {"thresholds": [1.0, 1.1, 512.0], **MERGED},
+    ],
+)
+def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, more: dict[str, Any] | None) -> None:
+    model = minilpt.load(base, pruning=None if more is None else {"rule": "threshold", **more})
     draw = np.random.default_rng(5)
     rows = [draw.integers(5, 60, n).tolist() for n in (1, 2, 7, 30)]
     found = model.forward(rows, trace=True)
     params = {name: torch.from_numpy(tensor) for name, tensor in checkpoints.tensors(base).items()}
     for at, row in enumerate(rows):
         ids = torch.tensor([row + [0] * (32 - len(row))])
-        hard = None if thresholds is None else torch.tensor(thresholds)
-        logits, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=hard)
+        rule = {} if model.pruning is None else {"rule": model.pruning.rule}
+        hard = torch.tensor(more["thresholds"]) if more else None
+        logits, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=hard, **rule)
         assert found.ffn_lengths[:, at].tolist() == alive.sum(2)[:, 0].int().tolist()
         assert np.abs(found.logits[at] - logits.numpy()[0]).max() < 1e-4
 
@@ -198,12 +230,15 @@ def test_the_hard_rule_of_the_recipe_is_the_engine_s(base: Path, thresholds: lis
 def test_the_soft_rule_becomes_the_hard_one_as_its_temperature_falls(base: Path) -> None:
     params = {name: torch.from_numpy(tensor) for name, tensor in checkpoints.tensors(base).items()}
     ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))
-    thresholds = torch.tensor([0.06, 0.07, 0.08])
-    hard, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=thresholds)
+    rule = Threshold((0.06, 0.07, 0.08), "initial", 20)
+    thresholds = torch.tensor(rule.thresholds)
+    hard, alive = ltp_bert.forward(params, SHAPE, ids, ids > 0, rule=rule, thresholds=thresholds)
     assert 0 < alive[-1].sum() < alive[0].sum() < alive[0].numel()
     gaps = []
     for temperature in (1e-2, 1e-3, 1e-6):
-        soft, weight = ltp_bert.forward(params, SHAPE, ids, ids > 0, thresholds=thresholds, temperature=temperature)
+        soft, weight = ltp_bert.forward(
+            params, SHAPE, ids, ids > 0, rule=rule, thresholds=thresholds, temperature=temperature
+        )
         gaps.append((weight - alive).abs().max().item())
     assert gaps[2] < 1e-3 < gaps[0]
     assert torch.allclose(soft, hard, atol=1e-4)

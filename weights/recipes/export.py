@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from ...pruning import FILE_NAME, parse
 from ..save import save_weights
 
-METHOD = "soft masks with a temperature and a penalty, then hard thresholds with weights tuned (arXiv 2107.00910, 3.3)"
+LEARNED = "soft masks with a temperature and a penalty, then hard thresholds with weights tuned (arXiv 2107.00910, 3.3)"
+TUNED = "thresholds calibrated without gradients, then weights tuned with the tokens really removed"
 
 
 def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "hard") -> None:
@@ -39,20 +40,20 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
         },
     )
     save_weights(out, {name: tensor.numpy() for name, tensor in state["params"].items()}, int8_rows=True)
-    log = [_without_paths(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     start = next(record for record in reversed(log) if record.get("event") == "start")
+    method = TUNED if start["options"].get("rule") else LEARNED
     if stage != "dense":
         record = {
             "schema_version": 1,
             "rule": "threshold",
+            **state["rule"],
             "thresholds": [round(value, 6) for value in state["thresholds"].tolist()],
-            "score_denominator": "initial",
-            "denominator_limit": state["denominator_limit"],
-            "method": METHOD,
+            "method": method,
             "provenance": {
                 "recipe": "minilpt.weights.recipes.train_ltp",
                 "date": log[-1]["time"][:10],
-                "options": start["options"],
+                "options": _without_paths(start)["options"],
             },
         }
         parse(record, config["num_hidden_layers"], "the thresholds that were learned")
@@ -63,7 +64,8 @@ def export(base: Path, run: Path, out: Path, labels: list[str], stage: str = "ha
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     _write_json(out / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "name_or_path"})
-    (out / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    lines = [json.dumps(_without_paths(line)) + "\n" for line in log]
+    (out / "train_log.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _outputs(labels: list[str]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A line of the log without the names of one machine's folders: of the teachers, their number."""
     if "options" not in record:
         return record
-    paths = ("base", "data", "dev", "run", "train")
+    paths = ("base", "data", "dev", "rule", "run", "train")
     options = {key: value for key, value in record["options"].items() if key not in paths}
     return record | {"options": options | {"teachers": len(options.get("teachers", []))}}
 

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...pruning import SCORE_FLOOR
+from ...pruning import SCORE_FLOOR, Threshold
 
 GONE = -1e4  # log of "not there": exp() of it is exactly 0 in float32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the forward pass needs to know of config.json, and the limit of the score's denominator."""
+    """What the forward pass needs to know of config.json."""
 
     layers: int
     heads: int
     eps: float
     dropout: float
-    denominator_limit: int
 
 
 def initial_head(width: int, labels: int, seed: int) -> dict[str, Tensor]:
@@ -49,23 +48,25 @@ def forward(
     mask: Tensor,
     segments: Tensor | None = None,
     *,
+    rule: Threshold | None = None,
     thresholds: Tensor | None = None,
     temperature: float | None = None,
     train: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits, and how much of each token is alive after each layer's pruning.
 
-    ids, mask: (B, S) integers and booleans; segments: (B, S) integers, zeros if None. thresholds: (L,) or None (no
-    pruning). temperature: a number makes the rule soft (a sigmoid), None makes it hard. A token's life is a weight in
-    [0, 1] that multiplies it where removal acts: as a key inside the softmax and as a query inside the score. The paper
-    multiplies the layer's output instead; with the weight in the softmax the soft model becomes the hard one as the
-    temperature goes to zero.
+    ids, mask: (B, S) integers and booleans; segments: (B, S) integers, zeros if None. rule: how thresholds are
+    compared, or None (no pruning); thresholds: (L,), in the place of the rule's own. temperature: a number makes the
+    rule soft (a sigmoid), None makes it hard. A token's life is a weight in [0, 1] that multiplies it where removal
+    acts: as a key inside the softmax and as a query inside the score. The paper multiplies the layer's output instead;
+    with the weight in the softmax the soft model becomes the hard one as the temperature goes to zero. Only the hard
+    rule merges what it removes.
 
     Returns (logits (B, labels), alive (L, B, S)); the first position is pinned, padding is never alive.
     """
     drop = shape.dropout if train else 0.0
     B, S = ids.shape
-    denominator = mask.sum(1, keepdim=True).clamp_max(shape.denominator_limit).float()  # (B, 1), "initial"
+    lengths = mask.sum(1, keepdim=True)
     log_alive = torch.where(mask, 0.0, GONE)  # (B, S)
     pinned = torch.arange(S) == 0
 
@@ -83,10 +84,13 @@ def forward(
         )
         logits = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1]) + log_alive[:, None, None, :]
         probs = torch.softmax(logits, -1)  # (B, H, S, S)
-        if thresholds is not None:
+        if rule is not None and thresholds is not None:
             as_query = log_alive.exp()[:, None, :, None]
-            score = (probs * as_query).sum(2).mean(1) / denominator  # (B, S)
-            log_alive = log_alive + _log_keep(score, thresholds[layer], temperature, pinned)
+            mass = (probs * as_query).sum(2).mean(1)  # (B, S)
+            log_keep = _log_keep(mass / _denominator(rule, lengths), thresholds[layer], temperature, pinned)
+            if rule.merge_removed:
+                x, probs, log_keep = _merged(x, probs, mass, log_alive, log_keep)
+            log_alive = log_alive + log_keep
         history.append(log_alive.exp())
         context = (F.dropout(probs, drop).to(v.dtype) @ v).transpose(1, 2).reshape(B, S, -1)
         attended = F.dropout(_linear(params, f"{at}attention.output.dense", context), drop)
@@ -97,6 +101,27 @@ def forward(
 
     pooled = torch.tanh(_linear(params, "bert.pooler.dense", x[:, 0]))
     return _linear(params, "classifier", F.dropout(pooled, drop)).float(), torch.stack(history)
+
+
+def _denominator(rule: Threshold, lengths: Tensor) -> Tensor | int:
+    """Z of the score, a number or (B, 1)."""
+    if isinstance(rule.score_denominator, int):
+        return min(rule.score_denominator, rule.denominator_limit)
+    assert rule.score_denominator == "initial"
+    return lengths.clamp_max(rule.denominator_limit)
+
+
+def _merged(
+    x: Tensor, probs: Tensor, mass: Tensor, log_alive: Tensor, log_keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.merge_removed` of the hard rule: x (B, S, D), probs (B, H, S, S), the others (B, S)."""
+    gone = (log_alive == 0) & (log_keep != 0)
+    share = torch.where(gone, mass.clamp_min(torch.finfo(mass.dtype).tiny), 0)
+    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    place = gone & (gone.cumsum(1) == 1)  # the first of them
+    x = torch.where(place[:, :, None], (share[:, None, :] @ x), x)
+    probs = torch.where(place[:, None, :, None], torch.einsum("bq,bhqk->bhk", share, probs)[:, :, None], probs)
+    return x, probs, torch.where(place, 0.0, log_keep)
 
 
 def _log_keep(score: Tensor, threshold: Tensor, temperature: float | None, pinned: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...evaluate import METRICS
+from ...pruning import Pruning, Threshold, parse, read_pruning
 from ...quantize import dequantize_rows, quantize_rows
 from ...tasks import TASKS, Task, gold, read_examples
 from ...threads import usable_cores
@@ -128,7 +129,6 @@ class Trainer:
             config["num_attention_heads"],
             config["layer_norm_eps"],
             config.get("hidden_dropout_prob", 0.1),  # BERT's default
-            options.denominator_limit,
         )
         self.widths = config["hidden_size"], config["intermediate_size"]
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -145,10 +145,23 @@ class Trainer:
         held = {self.train.texts[row] for row in self.held_out}
         self.rows = [row for row, text in enumerate(self.train.texts) if text not in held]
         self.params = self._base_parameters(base)
-        self.thresholds = torch.tensor(
-            [options.final_threshold * (layer + 1) / self.shape.layers for layer in range(self.shape.layers)]
-        )
+        self.pruning = self._first_pruning()
+        self.thresholds = torch.tensor(self.rule.thresholds)
         self.average: dict[str, Tensor] = {}
+
+    def _first_pruning(self) -> Pruning:
+        """The rule named, or a ramp for `soft` to begin with."""
+        layers = self.shape.layers
+        if self.options.rule:
+            return read_pruning(Path(self.options.rule), layers)
+        ramp = [self.options.final_threshold * (layer + 1) / layers for layer in range(layers)]
+        record = {"rule": "threshold", "thresholds": ramp, "score_denominator": "initial"}
+        return parse(record | {"denominator_limit": self.options.denominator_limit}, layers, "the first thresholds")
+
+    @property
+    def rule(self) -> Threshold:
+        assert isinstance(self.pruning.rule, Threshold)
+        return self.pruning.rule
 
     def _base_parameters(self, base: Path) -> dict[str, Tensor]:
         """The base's tensors under `bert.`, with its pooler and classifier, or fresh ones where it has none."""
@@ -175,8 +188,8 @@ class Trainer:
     def save(self, name: str, **more: object) -> None:
         """Write a checkpoint whole or not at all."""
         target = self.folder / f"{name}.pt"
-        limit = self.options.denominator_limit
-        state = {"params": self.params, "thresholds": self.thresholds, "denominator_limit": limit, **more}
+        rule = {key: value for key, value in self.pruning.settings.items() if key != "frontier"}
+        state = {"params": self.params, "thresholds": self.thresholds, "rule": rule, **more}
         torch.save(state, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
 
@@ -319,7 +332,8 @@ class Trainer:
                 batch.ids,
                 batch.mask,
                 batch.segments,
-                thresholds=None if pruning == "none" else self.thresholds,
+                rule=None if pruning == "none" else self.rule,
+                thresholds=self.thresholds,
                 temperature=self.options.temperature if pruning == "soft" else None,
                 train=True,
             )
@@ -361,10 +375,10 @@ class Trainer:
     def evaluate(self, examples: Examples, rows: list[int], pruned: bool) -> dict[str, float]:
         """The task's first metric and counted FLOPs of the hard rule (or of the dense model), in fp32."""
         answers, labels, macs, dense_macs = [], [], 0.0, 0.0
-        thresholds = self.thresholds if pruned else None
+        rule = self.rule if pruned else None
         for batch in examples.by_length(rows, 128):
             logits, alive = forward(
-                self.params, self.shape, batch.ids, batch.mask, batch.segments, thresholds=thresholds
+                self.params, self.shape, batch.ids, batch.mask, batch.segments, rule=rule, thresholds=self.thresholds
             )
             answers.append(logits.argmax(1).float() if self.task.labels else logits[:, 0])
             labels.append(batch.labels)
@@ -405,15 +419,23 @@ def main(argv: list[str] | None = None) -> None:
         "--denominator-limit", type=int, default=32, help="of the score: longer texts count as this many tokens"
     )
     parser.add_argument("--final-threshold", type=float, default=0.012, help="last layer's threshold at the start")
+    parser.add_argument(
+        "--rule",
+        metavar="FILE",
+        help="ltp.json with thresholds that `hard` tunes the weights for, instead of learned ones",
+    )
     parser.add_argument("--epochs", type=float, nargs=3, default=(2, 0.36, 1.4), metavar="N", help="dense, soft, hard")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to run now; all by default")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="highest of the dense stage")
+    parser.add_argument("--hard-learning-rate", type=float, default=1e-5, help="highest of the hard stage")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="checkpoint and held-out check")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products where the CPU has them")
     options = parser.parse_args(argv)
+    if options.rule and options.epochs[1]:
+        parser.error("--rule takes the place of the soft stage: --epochs DENSE 0 HARD")
     torch.set_num_threads(options.threads)
     trainer = Trainer(options)
     trainer.log(event="start", options=vars(options), train=len(trainer.rows), held_out=len(trainer.held_out))
@@ -421,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     stages = (
         Stage("dense", dense, options.learning_rate, "none"),
         Stage("soft", soft, 5e-6, "soft", threshold_learning_rate=1e-4),
-        Stage("hard", hard, 1e-5, "hard"),
+        Stage("hard", hard, options.hard_learning_rate, "hard"),
     )
     for stage in stages:
         if stage.name in options.stages:
