@@ -175,7 +175,7 @@ class Classifier:
         tokenizer_config.json has truncation_side "left". docs/long-texts.md has the details.
         Raises InputError for anything that is not a text or a pair, or cannot be cut as wanted; TokenizerError if the
         model has no tokenizer, UnsupportedModelError if it has no classification head, PruningError if the frontier has
-        no such point or there is none.
+        no such point or there is none, NumbersError or WeightsError if an answer is not finite.
         """
         cut = Truncation(truncation, stride, aggregate)
         encoded, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)

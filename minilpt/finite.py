@@ -31,9 +31,7 @@ def not_finite(
     with np.errstate(all="ignore"):
         outputs = _outputs(quantize_layers(weights) if precision == "int8" else weights, config, rule, ids, segments)
         found = next((name for name, rows in outputs if not np.isfinite(rows).all()), None)
-    where = (
-        f"the output of {found} is the first" if found else f"in {precision} only: the same run in float32 is finite"
-    )
+    where = f"the output of {found} is the first" if found else "none was when NumPy ran it again in float32"
     return NumbersError(
         f"{folder}: the answer to a sequence of {len(ids)} tokens is not finite, though all weights are: {where}; "
         f"activations outgrew the floating-point type, so this checkpoint cannot answer this text"
