@@ -23,7 +23,8 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float3
     """Rows to mean 0 and variance 1, then scaled and shifted. x: (N, D); weight, bias: (D,). Returns (N, D) float32."""
     out: Float32 = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(out * out, axis=-1, keepdims=True)
-    out /= np.sqrt(variance + np.float32(eps))
+    lost = variance - variance  # 0, or NaN where squares overflow
+    out /= np.sqrt(variance + np.float32(eps) + lost)
     out *= weight
     out += bias
     return out

@@ -26,6 +26,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .explanation import Explanation, Token
+from .finite import not_finite
 from .pruning import Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
@@ -174,7 +175,7 @@ class Classifier:
         tokenizer_config.json has truncation_side "left". docs/long-texts.md has the details.
         Raises InputError for anything that is not a text or a pair, or cannot be cut as wanted; TokenizerError if the
         model has no tokenizer, UnsupportedModelError if it has no classification head, PruningError if the frontier has
-        no such point or there is none.
+        no such point or there is none, NumbersError or WeightsError if an answer is not finite.
         """
         cut = Truncation(truncation, stride, aggregate)
         encoded, result = self._classified(texts, batch_tokens, progress, flops_ratio, cut)
@@ -245,6 +246,7 @@ class Classifier:
             return [means(*self._engine.last_rows(batch, first_only=first_only))]
 
         (vectors,) = in_batches(self.config, sequences, batch_tokens, progress, run)
+        self._check_finite(vectors, [each.ids for each in sequences], [each.segments for each in sequences])
         vectors = cut.aggregated(vectors, starts)
         wanted = stated.normalize if normalize is None else normalize
         return (normalized(vectors) if wanted else vectors).astype(np.float32)
@@ -303,7 +305,18 @@ class Classifier:
             if len(tokens) != len(kinds):
                 raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
         self.require_head()
-        return self._engine.run(token_batch(self.config, ids, segments), trace=trace)
+        found = self._engine.run(token_batch(self.config, ids, segments), trace=trace)
+        self._check_finite(found.logits, ids, segments)
+        return found
+
+    def _check_finite(
+        self, answers: NDArray[np.floating], ids: Sequence[NDArray[np.int32]], segments: Sequence[NDArray[np.int32]]
+    ) -> None:
+        """answers: (sequences, ...). Raises WeightsError or NumbersError, which tell the cause."""
+        if not np.isfinite(answers).all():
+            place = int(np.argmin(np.isfinite(answers).all(axis=1)))
+            rule, precision = self._engine.rule, self.backend.precision
+            raise not_finite(self.folder, self.config, rule, precision, ids[place], segments[place])
 
     def explain(self, text: Item) -> Explanation:
         """One text or pair, with the layer at which each of its tokens was removed and the scores that decided it.
@@ -387,6 +400,7 @@ class Classifier:
             return [result.logits, result.kept_tokens.T, result.executed_flops, result.dense_flops]
 
         logits, *counts = in_batches(self.config, sequences, batch_tokens, progress, run)
+        model._check_finite(logits, [each.ids for each in sequences], [each.segments for each in sequences])
         kept, executed, dense = (np.add.reduceat(count, starts, axis=0, dtype=count.dtype) for count in counts)
         return encoded, Forward(truncation.aggregated(logits, starts), kept.T, executed, dense)
 

@@ -24,7 +24,7 @@ class UnsupportedModelError(MinilptError):
 
 
 class WeightsError(MinilptError):
-    """Tensors are missing, unexpected, doubled, or of the wrong shape or dtype."""
+    """Tensors are missing, unexpected, doubled, of the wrong shape or dtype, or hold values that are not finite."""
 
 
 class PruningError(MinilptError, ValueError):
@@ -37,6 +37,10 @@ class CalibrationError(MinilptError, ValueError):
 
 class InputError(MinilptError, ValueError):
     """A text, a pair or a token id sequence that the model cannot take."""
+
+
+class NumbersError(MinilptError, ArithmeticError):
+    """An answer that is not finite, though the weights are: activations of a text outgrew the floating-point type."""
 
 
 class TokenizerError(MinilptError):

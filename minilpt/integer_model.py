@@ -111,6 +111,7 @@ def load_integer_model(folder: Path, config: ModelConfig) -> IntegerModel:
     scales = read_scales(folder, config)
     trained = config.quant_mode and not scales.from_file
     stored = checkpoint.load_weights(folder, config, as_stored=names.expected_shapes(config))
+    stored.check_word_table()
     weights = {}
     for name, tensor in stored.items():
         if isinstance(tensor, Quantized) or tensor.ndim != 2:

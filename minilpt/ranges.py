@@ -111,7 +111,9 @@ def quantize_sequences(
 ) -> Ranges:
     """The same for token and segment ids. Without search the ranges of least squared error are taken as they are."""
     _check(model, len(ids), target)
-    weights = dict(checkpoint.load_weights(model.folder, model.config).items())
+    stored = checkpoint.load_weights(model.folder, model.config)
+    stored.check_word_table()
+    weights = dict(stored.items())
     trials = _Search(model.config, weights, ids, segments, model.backend.threads)
     found = trials.run(by_channel, search, progress)
     provenance = {

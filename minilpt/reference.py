@@ -160,10 +160,11 @@ def linear_int8(x: Array, weight: NDArray[np.int8], scale: Array, bias: Array) -
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Rows to mean 0 and variance 1, then scaled and shifted. x: (n, D)."""
+    """Rows to mean 0 and variance 1, then scaled and shifted. x: (n, D). NaN where the variance is infinite."""
     mean = x.mean(axis=-1, keepdims=True)  # (n, 1)
     variance = ((x - mean) ** 2).mean(axis=-1, keepdims=True)  # (n, 1)
-    return (x - mean) / np.sqrt(variance + eps) * weight + bias  # (n, D)
+    lost = variance - variance  # (n, 1), 0 or NaN: an infinite variance would make the row the bias
+    return (x - mean) / np.sqrt(variance + eps + lost) * weight + bias  # (n, D)
 
 
 def softmax(x: Array) -> Array:

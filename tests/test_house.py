@@ -24,7 +24,7 @@ FLOORS = (
     tuple("batching config cuda_device explanation files kernels quantize ragged threads truncation".split()),
     ("weights", "pruning", "text", "embeddings"),
     ("backends", "batches", "reference", "records", "scales", "integer_rules"),
-    ("tasks", "integer_model"),
+    ("tasks", "integer_model", "finite"),
     ("engine", "integer_reference"),
     ("numpy_engine", "compiled_engine", "cuda_engine"),
     ("float_program", "integer_program", "cuda_float", "cuda_integer"),

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,34 @@ def test_a_read_only_cache_that_is_full_is_enough(warm: Path) -> None:
     finally:
         for path, mode in modes.items():
             path.chmod(mode)
+
+
+MEET = """
+import time
+from pathlib import Path
+from minilpt.kernels import compiled
+from minilpt.kernels.jit import build
+code, meeting = sys.argv[1:]
+def built(part):
+    (Path(meeting) / str(os.getpid())).touch()
+    while len(list(Path(meeting).iterdir())) < 4:
+        time.sleep(0.01)
+    return Path(code).read_bytes()[compiled.bundled.DIGEST_BYTES :]
+build.build = built
+"""
+
+
+def test_processes_that_fill_the_cache_at_once_leave_one_whole_file(warm: Path, tmp_path: Path) -> None:
+    """Four that have found nothing and compiled: they wait for each other there, and so write at the same time."""
+    meeting, cache = tmp_path / "meeting", tmp_path / "cache"
+    meeting.mkdir()
+    program = PREDICT.replace("import sys,", "import os, sys,").replace("with warnings", MEET + "with warnings", 1)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(start, program, str(float_part(warm)), str(meeting), cache=cache) for _ in range(4)]
+    assert [job.result().stdout for job in jobs] == ["positive True []\n"] * 4, jobs[0].result().stderr
+    assert list(cache.iterdir()) == [float_part(cache)]
+    assert float_part(cache).read_bytes() == float_part(warm).read_bytes()
+    assert start(PREDICT, cache=cache).stdout == "positive False []\n"
 
 
 @pytest.mark.parametrize("damage", [lambda code: code[:-100], lambda code: code[:40] + b"\xff" * 64 + code[104:]])

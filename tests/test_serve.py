@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import load_file, save_file
 from serving import PATIENCE_S, Altered, command, served
 
 import minilpt
@@ -328,6 +329,17 @@ def test_a_score_that_is_no_number_is_an_error(tmp_path: Path) -> None:
 
     with served(Altered(model, forward=forward)) as client:
         assert error(client.post("/predict", json={"inputs": "good"})) == (424, "Backend")
+
+
+def test_activations_that_outgrow_float32_are_an_error_of_their_text_alone(tmp_path: Path) -> None:
+    model = tiny(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][5] *= 1e30  # of "good"
+    save_file(weights, tmp_path / "model.safetensors")
+    with served(minilpt.load(tmp_path, threads=1)) as client:
+        reply = client.post("/predict", json={"inputs": "good"})
+        assert error(reply) == (424, "Backend") and "the output of embeddings is the first" in reply.json()["error"]
+        assert client.post("/predict", json={"inputs": "bad"}).json() == expected(model.predict("bad")[0])
 
 
 def text_of(number: int) -> str:

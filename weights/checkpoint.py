@@ -26,6 +26,7 @@ Float32 = NDArray[np.float32]
 FLOATS = ("F32", "F16", "BF16")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "pytorch_model.pt", "pytorch_model.bin.index.json")
+WORD_TABLE = "embeddings.word.weight"
 SCALE_SUFFIX = "_scale"  # `X.weight` as int8 rows goes with `X.weight_scale`, one float32 per row
 
 
@@ -55,7 +56,8 @@ class Stored:
 class Weights(Mapping[str, Any]):
     """Tensors by our names, read when asked for and not kept. The files stay open, so they stay the same.
 
-    float32, but for those of `as_stored` that the file holds as int8 rows: they are `Quantized`.
+    float32, but for those of `as_stored` that the file holds as int8 rows: they are `Quantized`. Asking raises
+    WeightsError where a value is not finite; the word table, whose rows are read when they are looked up, `check`s it.
     """
 
     def __init__(self, stored: Mapping[str, Stored], wanted: Mapping[str, str], as_stored: Collection[str]):
@@ -68,9 +70,17 @@ class Weights(Mapping[str, Any]):
         theirs = self._wanted[name]
         entry = self._stored[theirs]
         if entry.dtype == "I8":
-            quantized = Quantized(self._raw(entry), self._raw(self._stored[theirs + SCALE_SUFFIX]))
+            scale = self._stored[theirs + SCALE_SUFFIX]
+            quantized = Quantized(self._raw(entry), _finite(scale, self._raw(scale)))
             return quantized if name in self._as_stored else dequantize_rows(*quantized)
-        return widened(self._raw(entry), entry.dtype)
+        tensor = widened(self._raw(entry), entry.dtype)
+        return tensor if name == WORD_TABLE else _finite(entry, tensor)
+
+    def check_word_table(self) -> None:
+        """Raise WeightsError where one of its values is not finite."""
+        entry = self._stored[self._wanted[WORD_TABLE]]
+        if entry.dtype != "I8":
+            _finite(entry, widened(self._raw(entry), entry.dtype))
 
     def _raw(self, entry: Stored) -> NDArray[Any]:
         return entry.read(self._files[entry.path])
@@ -80,6 +90,19 @@ class Weights(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._wanted)
+
+
+def _finite(entry: Stored, tensor: Float32) -> Float32:
+    """The tensor. One sum tells in nearly all cases: NaN and infinity stay in it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sound = np.isfinite(tensor.sum()) or np.isfinite(tensor).all()
+    if not sound:
+        place = np.unravel_index(int(np.argmin(np.isfinite(tensor))), tensor.shape)
+        raise WeightsError(
+            f"{entry.path}: {entry.name} holds {tensor[place]} at {tuple(map(int, place))}: weights must be finite "
+            f"numbers; the file was damaged, or training went wrong before it was saved"
+        )
+    return tensor
 
 
 def widened(raw: NDArray[Any], dtype: str) -> Float32:

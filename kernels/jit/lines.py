@@ -14,7 +14,7 @@ from numba.core.extending import intrinsic
 
 from ..isa import LANES, chosen
 from ..packing import LIMIT
-from .vector import F32, I8, I16, I64, INTEGERS, LOG2_E, VECTOR, Emitter
+from .vector import F32, I8, I16, I32, I64, INTEGERS, LOG2_E, VECTOR, Emitter
 
 Value = Any
 Body = Callable[..., Any]
@@ -130,7 +130,8 @@ def norm_line(typingctx, address, residual, out, weight, bias, count, eps):
             return [emit.fma(x, x, state[0])]
 
         variance = builder.fdiv(emit.splat(emit.sum(_over_row(emit, count, [zero], square)[0])), size)
-        deviation = emit.call("llvm.sqrt.v16f32", VECTOR, [builder.fadd(variance, emit.splat(eps))])
+        lost = builder.fsub(variance, variance)  # 0; NaN where squares overflow, which would make the row the bias
+        deviation = emit.call("llvm.sqrt.v16f32", VECTOR, [builder.fadd(builder.fadd(variance, emit.splat(eps)), lost)])
         inverse = builder.fdiv(emit.splat(1.0), deviation)
 
         def scale(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
@@ -149,8 +150,9 @@ def norm_line(typingctx, address, residual, out, weight, bias, count, eps):
 def quantize_line(typingctx, address, out, count):
     """Round(x * 127 / max|x|) in the rung's form (uint8 with 128 added, or int16); returns max|x| / 127 (float32).
 
-    A row whose largest is below 127 times float32's smallest normal number becomes zeros. Writes whole vectors of 16,
-    zeros (of the form) behind the last element: `out` needs that room.
+    A row whose largest is below 127 times float32's smallest normal number becomes zeros. A row that is not finite
+    returns what is not, so that the product is not finite either. Writes whole vectors of 16, zeros (of the form)
+    behind the last element: `out` needs that room.
     """
 
     def code(context, builder, signature, arguments):
@@ -159,9 +161,12 @@ def quantize_line(typingctx, address, out, count):
         narrow, offset_by = (I8, 128) if rung.int8 == "dot" else (I16, 0)
 
         def size(state: list[Value], at: Value, mask: Value | None) -> list[Value]:
-            return [emit.larger(state[0], emit.call("llvm.fabs.v16f32", VECTOR, [_load(emit, address, at, mask)]))]
+            bits = builder.bitcast(emit.call("llvm.fabs.v16f32", VECTOR, [_load(emit, address, at, mask)]), INTEGERS)
+            return [builder.select(builder.icmp_signed("<", state[0], bits), bits, state[0])]
 
-        largest = emit.largest(_over_row(emit, count, [emit.splat(0.0)], size)[0])
+        # Of sizes, the bits as integers have the order of the floats, with infinity and then NaN above all others.
+        bits = _over_row(emit, count, [emit.splat(0, INTEGERS)], size)[0]
+        largest = builder.bitcast(emit.call("llvm.vector.reduce.smax.v16i32", I32, [bits]), F32)
         tiny = builder.fcmp_ordered("<", largest, ir.Constant(F32, 127 * 1.1754943508222875e-38))
         factor = builder.fdiv(ir.Constant(F32, float(LIMIT)), largest)
         factor = emit.splat(builder.select(tiny, ir.Constant(F32, 0.0), factor))
