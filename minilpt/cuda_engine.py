@@ -28,6 +28,7 @@ from .config import ModelConfig
 from .cuda_device import CudaDevice, compile_kernels
 from .engine import Forward, LastRows, outcome
 from .errors import BackendError, InputError
+from .footprint import Load, Needs
 from .kernels import blocks
 from .kernels.cuda import QUERIES, Array, Kernels
 from .pruning import KeepRule, Step
@@ -185,6 +186,10 @@ class CudaEngine:
             return LastRows(np.zeros((0, self.config.width), np.float32), batch.cu_seqlens)
         with self._run(batch, first_row_only=first_only, trace=False) as run:
             return run.last_rows()
+
+    def needs(self, load: Load) -> Needs:
+        """Raises BackendError: most of it is the card's."""
+        raise BackendError("memory() tells the host's memory, for device \"cpu\"; nvidia-smi tells a card's")
 
     def close(self) -> None:
         """Nothing to end: CuPy keeps the card's memory for all engines."""
