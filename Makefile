@@ -34,22 +34,22 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet "setuptools>=77" --editable '.[test,lint]'
 	touch $@
 
-# What `make test` leaves out of the CUDA rig: NVIDIA's compiler (150 MB of packages), and the mutants (a quarter of an hour).
+# What `make test` leaves out of the CUDA rig: NVIDIA's compiler (150 MB of packages), and the mutants (half an hour).
 cuda-rig: cuda-compile cuda-mutants
 
 cuda-compile: $(VENV)/.installed-cuda-rig
-	$(BIN)/python -m pytest -q tests/test_cuda_compile.py
+	CUDA_RIG_REQUIRED=1 $(BIN)/python -m pytest -q tests/test_cuda_compile.py
 
 cuda-mutants: $(VENV)/.installed-test
-	PYTHONPATH=tests $(BIN)/python -m cuda_rig.mutants --only "no block barrier" --only "no warp barrier" \
-		--only "no early return" --only "every thread, not the first" --out benchmarks/results/cuda_mutants.json --command \
+	PYTHONPATH=tests $(BIN)/python -m cuda_rig.mutants --out benchmarks/results/cuda_mutants.json --command \
 		"$(BIN)/python -m pytest -x -q -p no:cacheprovider tests/test_cuda_kernels.py -k 'fifo or preempt' \
 		-m \"cuda_source(stem='{stem}') and not gpu\"" kernels/cuda/*.cu
 
-# On a machine with a card: the kernels' and the engine's tests on it.
+# On a machine with a card: the kernels' and the engine's tests on it, then the benchmark beside PyTorch.
 gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
 	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
 
 $(VENV)/.installed-cuda-rig: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[cuda-rig]'

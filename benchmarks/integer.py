@@ -34,7 +34,8 @@ from minilpt.tasks import TASKS, gold, read_examples
 
 from . import files, workloads
 from .processes import ROOT
-from .pruning_study import MOST_DEV, Measured, difference, sample
+from .pruning_study import Measured, difference, sample
+from .study_data import SOURCES
 
 RESULTS = ROOT / "benchmarks" / "results" / "integer.json"
 PREPARED = ROOT / "benchmarks" / "prepared"
@@ -48,7 +49,7 @@ RANGE_SEQUENCES = 128  # that the ranges of random weights are read from
 def accuracy(work: Path, name: str) -> dict[str, Any]:
     """The rows of one task: metric, counted FLOPs, points lost against the float32 model with 95 % of a bootstrap."""
     task = TASKS[TASK_OF[name]]
-    dev = sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
+    dev = sample(read_examples(work / name / "dev.jsonl", task), SOURCES[name].measured_texts)
     unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
     learned = "minilm-l6-ltp-sst2" if name == "sst-2" else work / name / "learned"
     sources: dict[str, Any] = {"plain": work / name / "plain", "learned": learned}

@@ -33,11 +33,12 @@ from .study_data import SOURCES
 
 RESULTS = ROOT / "benchmarks" / "results" / "pruning_study.json"
 RATIOS = (0.8, 0.7, 0.6, 0.526, 0.5, 0.4, 0.33, 0.25)  # 0.526 is 1.9 x fewer
-MOST_DEV = 2000  # rows of a dev set that are measured, evenly spaced
-TIMED_AT, TIMED_TEXTS, ROUNDS = 0.5, 400, 7
+CALIBRATED = "calibrated.json"  # in a task's folder
+METHODS = ("calibrated", "learned", "ramp", "topk", "relative")
+TIMED_AT, ROUNDS = 0.5, 7
 RESAMPLES = 2000
 BATCH = 128  # sequences in one traced forward pass
-BISECTIONS, BISECTED_TEXTS = 9, 128
+BISECTIONS = 9
 
 Rule = Mapping[str, Any] | None
 
@@ -83,80 +84,88 @@ def met(share: float, low: float, high: float, rule: Callable[[float], Rule], co
     return rule(high)
 
 
-def study(work: Path, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """All methods on one task."""
+def study(work: Path, name: str, methods: Sequence[str], record: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Measure the methods on one task and put them into `record`, which may hold others."""
     source = SOURCES[name]
     task = TASKS[source.task]
-    plain, learned = (minilpt.load(work / name / kind) for kind in ("plain", "learned"))
-    dev = sample(read_examples(work / name / "dev.jsonl", task), MOST_DEV)
+    models = {kind: minilpt.load(work / name / kind) for kind in {"plain", *map(model_of, methods)}}
+    plain = models["plain"]
+    dev = sample(read_examples(work / name / "dev.jsonl", task), source.measured_texts)
     unlabelled = [each.text for each in read_examples(work / name / "calibrate.jsonl", task)]
     texts, wanted = [each.text for each in dev], gold(dev, task, plain.config.labels)
-    began = time.perf_counter()
-    found = minilpt.calibrate(plain, unlabelled, flops_ratio=min(RATIOS))
-    seconds = time.perf_counter() - began
-    say(f"{name}: calibrated in {seconds:.0f} s")
-    stored = learned.pruning
-    assert stored is not None
-    z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": 64}
-
-    def calibrated(share: float) -> Rule:
-        points = [point for point in found.frontier if point.flops_ratio <= share]
-        rule = {key: value for key, value in found.pruning.items() if key not in ("frontier", "provenance")}
-        return rule | {"thresholds": points[0].thresholds} if points else None
-
-    def scaled(factor: float) -> Rule:
-        return {"thresholds": [factor * value for value in stored.settings["thresholds"]]}
-
-    def ramp(final: float) -> Rule:
-        return {"rule": "ramp", "final_threshold": final, **z}
-
-    def topk(rate: float) -> Rule:
-        return {"rule": "topk", "token_keep_rate": 1 - rate}
-
-    def relative(threshold: float) -> Rule:
-        return {"rule": "relative", "token_threshold": threshold}
-
-    def shares(model: minilpt.Classifier) -> Callable[[Rule], float]:
-        return lambda rule: Measured(model, rule, unlabelled[:BISECTED_TEXTS]).counted
-
-    methods: dict[str, tuple[minilpt.Classifier, Callable[[float], Rule]]] = {
-        "calibrated": (plain, calibrated),
-        "learned": (learned, lambda share: met(share, 0.1, 8.0, scaled, shares(learned))),
-        "ramp": (plain, lambda share: met(share, 0.0, 4 / 12, ramp, shares(plain))),
-        "topk": (plain, lambda share: met(share, 0.0, 1.0, topk, shares(plain))),
-        "relative": (plain, lambda share: met(share, 0.0, 0.999, relative, shares(plain))),
-    }
-    dense = {"plain": Measured(plain, None, texts), "learned": Measured(learned, None, texts)}
-    record: dict[str, Any] = {
+    dense = {kind: Measured(model, None, texts) for kind, model in models.items()}
+    record |= {
         "texts": len(texts),
         "tokens": sum(map(len, plain.encode(texts)[0])) / len(texts),
         "layers": plain.config.layers,
-        "calibration": {"texts": len(unlabelled), "seconds": seconds},
-        "dense": {kind: _scores(each, task, wanted) | {"gflops": each.gflops} for kind, each in dense.items()},
-        "points": {},
-        "rules": {},
     }
-    for method, (model, rule_of) in methods.items():
-        points = []
-        for share in RATIOS:
-            rule = rule_of(share)
+    for kind, measured in dense.items():
+        scores = _scores(measured, task, wanted) | {"gflops": measured.gflops}
+        record.setdefault("dense", {})[kind] = scores
+    points, rules = (record.setdefault(key, {}) for key in ("points", "rules"))
+    for method in methods:
+        model = models[model_of(method)]
+        if method == "calibrated":
+            record["calibration"] = calibration(plain, unlabelled[: source.searched_texts], work / name / CALIBRATED)
+            rule_of = along(record["calibration"].pop("pruning"))
+        else:
+            rule_of = family(method, model, unlabelled[: source.bisected_texts])
+        points[method] = []
+        for share, rule in ((share, rule_of(share)) for share in RATIOS):
             if rule is None:
                 continue
             measured = Measured(model, rule, texts)
-            points.append(
+            points[method].append(
                 {"share": share, "counted": measured.counted, "executed": measured.executed, "gflops": measured.gflops}
                 | _scores(measured, task, wanted)
                 | {"difference": difference(measured.answers, dense["plain"].answers, wanted, task)}
             )
             if share == TIMED_AT:
-                record["rules"][method] = rule
-        record["points"][method] = points
-        say(f"{name}: {method} " + ", ".join(f"{p['counted']:.2f}: {p[task.metrics[0]]:.2f}" for p in points))
-    timed = {
-        method: methods[method][0].with_pruning(rule) for method, rule in record["rules"].items() if rule is not None
+                rules[method] = rule
+        say(f"{name}: {method} " + ", ".join(f"{p['counted']:.2f}: {p[task.metrics[0]]:.2f}" for p in points[method]))
+    timed = {method: models[model_of(method)].with_pruning(rules[method]) for method in methods if method in rules}
+    found = _speedups(plain.with_pruning(None), timed, texts[: source.timed_texts])
+    record["speedup"] = record.get("speedup", {}) | found
+
+
+def model_of(method: str) -> str:
+    """The folder of the model that a method prunes."""
+    return "learned" if method == "learned" else "plain"
+
+
+def calibration(model: minilpt.Classifier, unlabelled: Sequence[Any], path: Path) -> dict[str, Any]:
+    """What `minilpt.calibrate` finds on these texts, and how long it took; kept in the file, and read from there."""
+    if not path.is_file():
+        began = time.perf_counter()
+        found = minilpt.calibrate(model, unlabelled, flops_ratio=min(RATIOS))
+        seconds = time.perf_counter() - began
+        files.write_json(path, {"texts": len(unlabelled), "seconds": seconds, "pruning": found.pruning})
+    return files.read_json(path)
+
+
+def along(pruning: Mapping[str, Any]) -> Callable[[float], Rule]:
+    """The rule of a calibrated frontier for a share of the counted FLOPs."""
+
+    def rule(share: float) -> Rule:
+        points = [point for point in pruning["frontier"] if point["flops_ratio"] <= share]
+        kept = {key: value for key, value in pruning.items() if key not in ("frontier", "provenance")}
+        return kept | {"thresholds": points[0]["thresholds"]} if points else None
+
+    return rule
+
+
+def family(method: str, model: minilpt.Classifier, unlabelled: Sequence[Any]) -> Callable[[float], Rule]:
+    """The rule of a method with one parameter that meets a share of the counted FLOPs on these texts."""
+    stored = model.pruning.settings["thresholds"] if model.pruning else ()
+    z: dict[str, Any] = {"score_denominator": "initial", "denominator_limit": 64}
+    ranges: dict[str, tuple[float, float, Callable[[float], Rule]]] = {
+        "learned": (0.1, 8.0, lambda factor: {"thresholds": [factor * value for value in stored]}),
+        "ramp": (0.0, 4 / 12, lambda final: {"rule": "ramp", "final_threshold": final, **z}),
+        "topk": (0.0, 1.0, lambda removed: {"rule": "topk", "token_keep_rate": 1 - removed}),
+        "relative": (0.0, 0.999, lambda threshold: {"rule": "relative", "token_threshold": threshold}),
     }
-    record["speedup"] = _speedups(plain.with_pruning(None), timed, texts[:TIMED_TEXTS])
-    return record
+    low, high, rule_of = ranges[method]
+    return lambda share: met(share, low, high, rule_of, lambda rule: Measured(model, rule, unlabelled).counted)
 
 
 def sample(examples: list[Example], count: int) -> list[Example]:
@@ -211,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning_study", description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, help="where study_data and study_train wrote")
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=[*SOURCES], metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="tables and charts beside the results file")
     options = parser.parse_args()
@@ -221,7 +231,8 @@ def main() -> None:
         return
     results = files.read_json(options.out) if options.out.is_file() else {"tasks": {}}
     for name in options.tasks:
-        results["tasks"][name] = study(options.work, name, lambda line: print(line, flush=True))
+        record = results["tasks"].setdefault(name, {})
+        study(options.work, name, options.methods, record, lambda line: print(line, flush=True))
         results["machine"] = machine()
         files.write_json(options.out, results)
 

@@ -30,7 +30,8 @@ CALIBRATION_ROWS = 512  # or a tenth of the training rows
 class Source:
     """A task's rows. files: relative to the data folder, for training and for measuring; dev None: a part of train.
 
-    epochs: of the dense, soft and hard stages. limit: most training rows, for lack of time.
+    epochs: of the dense, soft and hard stages. limit: most training rows, for lack of time. For the same reason the
+    study measures, searches, bisects and times no more texts than the last four say; of dev rows, evenly spaced ones.
     """
 
     task: str
@@ -40,6 +41,10 @@ class Source:
     max_tokens: int = 128
     dev_rows: int = 0
     limit: int | None = None
+    measured_texts: int = 2000
+    searched_texts: int = CALIBRATION_ROWS
+    bisected_texts: int = 128
+    timed_texts: int = 400
 
 
 SOURCES: Mapping[str, Source] = {
@@ -56,7 +61,16 @@ SOURCES: Mapping[str, Source] = {
         (2, 0.4, 0.8),
     ),
     "imdb": Source(
-        "imdb", ("long/imdb_train.jsonl.gz",), "long/imdb_dev_2000.jsonl", (1.5, 0.4, 0.6), max_tokens=512, limit=6000
+        "imdb",
+        ("long/imdb_train.jsonl.gz",),
+        "long/imdb_dev_2000.jsonl",
+        (1.5, 0.4, 0.6),
+        max_tokens=512,
+        limit=6000,
+        measured_texts=667,  # about every third: labels alternate, so of every fourth they would all be the same
+        searched_texts=96,
+        bisected_texts=32,
+        timed_texts=50,
     ),
 }
 

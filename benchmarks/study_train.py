@@ -37,6 +37,8 @@ def train(base: Path, work: Path, name: str, stages: Sequence[str], bf16: bool) 
 
 
 def _save_every(source: Source) -> str:
+    if source.max_tokens > 128:  # a step takes some ten seconds
+        return "50"
     return "250" if source.epochs[0] <= 3 else "100"
 
 

@@ -65,10 +65,12 @@ INITIAL, LIVE = 0, -1  # denominators that stand for a length; any other is the 
 # Packed rows, and where the results go, or 0 for those that are not wanted: logits (B, labels) float32; rows, the last
 # layer's, (N, D) float32; n_attention and n_ffn (L, B) int32; masses and kept, a trace's, (L, N) float32 and bool: each
 # layer's live tokens come first in its row. Integer-only models give int32 logits, int64 masses and no rows, but in
-# `last` the 8-bit ones that the head reads, (B, D) int32.
+# `last` the 8-bit ones that the head reads, (B, D) int32. entering: address of L addresses, or 0, where the rows that
+# enter a layer go, (N, D) float32. begin: the first layer that is run, on rows at `begin_rows`, (N', D) float32, of
+# sequences between the bounds at `begin_bounds`, (B + 1,) int64. Integer-only models know neither.
 BATCH = _record(
     "sequences tokens longest ids positions segments cu_seqlens rule first_row_only logits rows last n_attention n_ffn"
-    " masses kept"
+    " masses kept entering begin begin_rows begin_bounds"
 )
 
 # Rows of activations: float32 at `floats` and, in an int8 model, quantised at `integers` with one factor each.

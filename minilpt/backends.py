@@ -39,10 +39,10 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
     """The backend for these wishes; BackendError says why there is none.
 
     "auto" takes a GPU where CuPy is installed, a card answers and the precision is one of CUDA_PRECISIONS; where CuPy
-    is installed but finds nothing that it can use, one warning says why, and the CPU runs. Compiled kernels run on
-    `threads` threads of their own, by default one for each usable core. Where Numba is missing NumPy takes over in
-    fp32, with one warning; its products run on BLAS, which has one thread count for the whole process: `threads` sets
-    it, None leaves it as it is.
+    is installed but finds nothing that it can use, the CPU runs if it has the precision, and one warning says why.
+    Compiled kernels run on `threads` threads of their own, by default one for each usable core. Where Numba is missing
+    NumPy takes over in fp32, with one warning; its products run on BLAS, which has one thread count for the whole
+    process: `threads` sets it, None leaves it as it is.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}")
@@ -56,7 +56,8 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
         try:
             return _cuda(precision)
         except BackendError as error:
-            warnings.warn(f"{error}; running on the CPU", MinilptWarning, stacklevel=3)
+            if precision in CPU_PRECISIONS:
+                return fall_back(error, precision=precision, threads=threads)
     if precision not in CPU_PRECISIONS:
         reason = 'device is "cpu"' if device == "cpu" else cuda_device.why_not()
         raise BackendError(f"precision {precision!r} needs a GPU: {reason}")
@@ -73,6 +74,12 @@ def choose(device: str, precision: str, threads: int | None) -> Backend:
         raise BackendError(f"precision {precision!r} needs the compiled kernels: {reason}")
     warnings.warn(f"{reason}; running on NumPy, which is slower", MinilptWarning, stacklevel=3)
     return Backend("numpy", "cpu", precision, _blas_threads(threads), reason=reason)
+
+
+def fall_back(error: BackendError, *, precision: str, threads: int | None) -> Backend:
+    """The CPU in the place of a GPU that "auto" would take but for this error, which one warning tells."""
+    warnings.warn(f"{error}; running on the CPU", MinilptWarning, stacklevel=4)
+    return choose("cpu", precision, threads)
 
 
 def _cuda(precision: str) -> Backend:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from . import plots, pruning, ragged, threshold_search
 from .api import Classifier, Item, text_items
-from .batches import progress_bar
+from .batches import progress_bar, token_batch
 from .config import ModelConfig
-from .engine import Forward
+from .engine import Forward, Prefix
 from .errors import CalibrationError, InputError, MinilptWarning
 from .evaluate import accuracy, pearson
 from .files import write_whole
@@ -41,6 +41,7 @@ FEW_TEXTS = 100  # below it, with a warning
 MOST_TEXTS = 1000  # of more, a sample
 LOWEST_RATIO = 0.3  # how far the frontier reaches, unless a target lies lower
 CONFIDENCE = 0.95  # of the lower bound on agreement
+ROWS_BYTES = 2**28  # of rows between layers, kept from one run for the next ones
 # The thresholds bound the attention mass itself, whose mean is 1 at any length.
 RULE = {"rule": "threshold", "score_denominator": 1, "denominator_limit": None}
 METHOD = "searched without gradients for the least divergence from the dense model (minilpt calibrate)"
@@ -316,12 +317,17 @@ class _Half:
         self._model, self._config, self._gold = model, model.config, gold
         self._rule = RULE | {"merge_removed": merge_removed}
         self._rows_of_last_layer = 1 + merge_removed  # that its rule leaves: the first token, and one for all others
-        self._ids, self._segments = model.encode(texts)
+        self._ids, _ = encoded = model.encode(texts)
         dense = model.with_pruning(None).predict(texts)
         self.truncated = sum(prediction.n_truncated > 0 for prediction in dense)
         self._logits = np.array([prediction.logits for prediction in dense], np.float32)
         self._executed = sum(prediction.executed_flops for prediction in dense)
         self._counted = sum(prediction.dense_flops for prediction in dense)
+        self._batch = token_batch(self._config, *encoded)
+        between = np.arange(1, self._config.layers)
+        fitting = ROWS_BYTES // (4 * self._config.width * len(self._batch.ids))
+        self._entering = between[:: max(1, -(-len(between) // fitting))].tolist() if fitting else []
+        self._seen: tuple[Thresholds, Forward] | None = None  # the last traced run
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -344,6 +350,7 @@ class _Half:
     def live(self, thresholds: Thresholds) -> list[Live]:
         """Every layer but the last under these thresholds."""
         traced = self._run(thresholds, trace=True)
+        self._seen = thresholds, traced
         assert traced.attention_lengths is not None and traced.ffn_lengths is not None
         assert traced.masses is not None and traced.kept is not None
         savings = self._savings(traced.attention_lengths, traced.ffn_lengths)
@@ -376,9 +383,20 @@ class _Half:
         )
 
     def _run(self, thresholds: Thresholds, trace: bool = False) -> Forward:
+        """Run the texts, but for the first layers where the last traced run had the same thresholds."""
         rule = pruning.parse(self._rule | {"thresholds": thresholds}, self._config.layers, "calibration")
-        variant = self._model.with_pruning(rule)
-        return variant.forward(self._ids, self._segments, trace=trace)
+        engine = self._model.with_pruning(rule).engine
+        return engine.run(
+            self._batch, trace=trace, entering=self._entering if trace else (), prefix=self._prefix(thresholds)
+        )
+
+    def _prefix(self, thresholds: Thresholds) -> Prefix | None:
+        """What a run under these thresholds need not do again."""
+        if self._seen is None:
+            return None
+        before, run = self._seen
+        same = [layer for layer in run.entering or () if before[:layer] == thresholds[:layer]]
+        return Prefix(run, max(same)) if same else None
 
     def _flops(self, result: Forward, thresholds: Thresholds) -> int:
         """Counted FLOPs of an untraced run, whose last layer has either no rule or that of `start`."""

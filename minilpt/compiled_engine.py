@@ -8,7 +8,7 @@ sequences, N packed tokens, H heads, D width, F inner width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, LastRows, outcome
+from .engine import Forward, LastRows, Prefix, Traced, outcome
 from .footprint import Held, Load, Needs
 from .kernels import blocks, compiled
 from .pruning import KeepRule
@@ -56,18 +56,21 @@ class Rules(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Of a run. first_row_only: of the last layer; rows: that layer's, instead of logits."""
+    """Of a run. first_row_only: of the last layer; rows: that layer's, instead of logits; the rest as `Engine.run`."""
 
     first_row_only: bool
     trace: bool = False
     rows: bool = False
+    entering: Sequence[int] = ()
+    prefix: Prefix | None = None
 
 
 class Program(Protocol):
     """A model's weights for one part of the compiled kernels, and how to talk to them.
 
     record: the model's, of `blocks`. operation: the forward pass. logits_type, masses_type: of its results.
-    last_width: D where `logits` wants the rows that the head reads, else 0.
+    last_width: D where `logits` wants the rows that the head reads, else 0. keeps_rows: whether the operation gives the
+    rows that enter a layer, and takes them up.
     """
 
     part: str
@@ -76,6 +79,7 @@ class Program(Protocol):
     logits_type: np.dtype[Any]
     masses_type: np.dtype[Any]
     last_width: int
+    keeps_rows: bool
 
     def rules(self, rule: KeepRule | None) -> Rules:
         """A record for each layer."""
@@ -120,18 +124,34 @@ class CompiledEngine:
         engine._set_rule(self.rule)
         return engine
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
-        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
-        items = self._run_items(batch, Wanted(first_row_only=not trace, trace=trace))
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
+        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only.
+
+        entering, prefix: see `Engine.run`.
+        """
+        begin = prefix.layers if prefix else 0
+        here = [layer for layer in entering if layer >= begin] if self.program.keeps_rows else []
+        items = self._run_items(batch, Wanted(not trace, trace, entering=here, prefix=prefix))
         raw, last = (np.concatenate([getattr(item, name) for item in items]) for name in ("logits", "last"))
         logits = self.program.logits(raw, last)
         lengths = np.concatenate([item.lengths for item in items], axis=2)
-        traced = None
+        traced: Traced | None = None
         if trace:
             masses = [[self.program.masses(row) for row in item.live(item.masses)] for item in items]
             kept = [item.live(item.kept) for item in items]
             traced = _by_layer(masses), _by_layer(kept)
-        return outcome(self.config, logits, lengths[0], lengths[1], traced)
+        rows = {layer: np.concatenate([item.entered(layer) for item in items]) for layer in here}
+        if prefix is not None:
+            rows |= {layer: found for layer, found in (prefix.run.entering or {}).items() if layer < begin}
+            traced = traced and _after(prefix, traced)
+        return outcome(self.config, logits, lengths[0], lengths[1], traced, rows)
 
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
@@ -218,6 +238,25 @@ class _Item:
         self.masses = np.empty((config.layers, N if trace else 0), program.masses_type)
         self.kept = np.empty((config.layers, N if trace else 0), np.bool_)
         self._first_row_only, self._bounds = wanted.first_row_only, self.batch.cu_seqlens.astype(np.int64)
+        self._begin = 0
+        self._begin_rows, self._begin_bounds = np.empty((0, config.width), np.float32), self._bounds
+        if wanted.prefix is not None:
+            self._take_up(*wanted.prefix, begin, end)
+        self._entering = {layer: np.empty((N, config.width), np.float32) for layer in wanted.entering}
+        addresses = [_place(self._entering[at]) if at in self._entering else 0 for at in range(config.layers)]
+        self._entering_addresses = np.array(addresses if self._entering else [], np.int64)
+
+    def _take_up(self, run: Forward, layers: int, begin: int, end: int) -> None:
+        """What an earlier run found of sequences begin to end."""
+        assert run.entering is not None and run.attention_lengths is not None and run.ffn_lengths is not None
+        bounds = ragged.boundaries(run.attention_lengths[layers])
+        self.lengths[:, :layers] = run.attention_lengths[:layers, begin:end], run.ffn_lengths[:layers, begin:end]
+        self._begin, self._begin_rows = layers, run.entering[layers][bounds[begin] : bounds[end]]
+        self._begin_bounds = (bounds[begin : end + 1] - bounds[begin]).astype(np.int64)
+
+    def entered(self, layer: int) -> Float32:
+        """The rows that entered the layer."""
+        return self._entering[layer][: self.lengths[0, layer].sum()]
 
     def record(self, rule: NDArray[np.void]) -> NDArray[np.void]:
         """One `blocks.BATCH`, which must not outlive this item and the rule."""
@@ -239,6 +278,10 @@ class _Item:
             "n_ffn": self.lengths[1].ctypes.data,
             "masses": _place(self.masses),
             "kept": _place(self.kept),
+            "entering": _place(self._entering_addresses),
+            "begin": self._begin,
+            "begin_rows": _place(self._begin_rows),
+            "begin_bounds": self._begin_bounds.ctypes.data,
         }
         return filled(blocks.BATCH, values)
 
@@ -255,6 +298,13 @@ def _place(results: NDArray[Any]) -> int:
 def _by_layer(parts: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
     """Each layer's rows of all items."""
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+
+
+def _after(prefix: Prefix, traced: Traced) -> Traced:
+    """A trace with what the prefix says of the layers that were not run."""
+    run, layers = prefix
+    assert run.masses is not None and run.kept is not None
+    return [*run.masses[:layers], *traced[0][layers:]], [*run.kept[:layers], *traced[1][layers:]]
 
 
 def _part(batch: TokenBatch, begin: int, end: int) -> TokenBatch:

@@ -3,17 +3,20 @@
 A `CudaProgram` knows the weights and the arithmetic (`cuda_float`, `cuda_integer`); the loop here knows which rows are
 alive. Legend: B sequences, N packed tokens, H heads, D width, L layers, Z blocks of 64 queries.
 
-Every run has a stream to itself, so that threads that share a model do not wait for each other's work, and ends when
-its results are on the host. Streams are used again: CuPy keeps freed memory for the stream that freed it. Within a run
-the host waits once for each layer that a rule by masses is active in: the next products are started with the number of
-rows that go on, and the alternative, products over the rows before pruning, would save nothing. A layer without a rule,
-and a rule by counts, which lengths alone decide, are not waited for.
+The card is the one that was CuPy's current one when the model was loaded; a run makes it the current one of its thread,
+whichever that was. Every run has a stream to itself, so that threads that share a model do not wait for each other's
+work, and ends when its results are on the host; nothing passes from one run to another, and the weights do not change.
+Streams are used again: CuPy keeps freed memory for the stream that it was allocated on.
+
+Within a run the host waits once for each layer that a rule by masses is active in: the next products are started with
+the number of rows that go on, and the alternative, products over the rows before pruning, would save nothing. A layer
+without a rule, and a rule by counts, which lengths alone decide, are not waited for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -25,12 +28,12 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .cuda_device import CudaDevice, compile_kernels
-from .engine import Forward, LastRows, outcome
+from .cuda_device import CudaDevice, compile_kernels, loading, out_of_memory
+from .engine import Forward, LastRows, Prefix, outcome
 from .errors import BackendError, InputError
 from .footprint import Load, Needs
 from .kernels import blocks
-from .kernels.cuda import QUERIES, Array, Kernels
+from .kernels.cuda import MOST_WIDTH, QUERIES, Array, Kernels
 from .pruning import KeepRule, Step
 from .ragged import TokenBatch
 
@@ -38,6 +41,8 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 MOST_SEQUENCES = 65535  # blocks of a grid's second and third dimension, which stand for sequences
+
+ON_THE_CPU = 'use device="cpu"'
 
 
 class LayerRule(NamedTuple):
@@ -141,36 +146,63 @@ class CudaProgram(Protocol):
         """(N, D) of the last layer's rows."""
 
 
+def check_fits(config: ModelConfig, longest_text: int) -> None:
+    """BackendError for a model that the kernels do not hold. longest_text: the most tokens that they do."""
+    widest, head = max(config.width, config.embedding_width), config.width // config.heads
+    if widest > MOST_WIDTH:
+        raise BackendError(
+            f"rows of {widest} columns are wider than the {MOST_WIDTH} of the CUDA kernels; {ON_THE_CPU}"
+        )
+    if longest_text < 1:
+        raise BackendError(f"heads of {head} columns are wider than the CUDA kernels hold; {ON_THE_CPU}")
+
+
 class CudaEngine:
     """A program, a keep rule, and the layer loop. Immutable: safe to share between threads."""
 
     def __init__(
         self, config: ModelConfig, program: CudaProgram, rule: KeepRule | None, backend: Backend, device: CudaDevice
     ):
+        """BackendError where the card cannot hold or compile it."""
         self.config, self.backend, self._program = config, backend, program
-        self._cp, self._ordinal = device.cp, device.ordinal
+        self._device, self._cp = device, device.cp
         self._streams: list[Any] = []  # that no run has at the moment
         compile_kernels(program.kernels, device)  # here rather than at the first text: it takes seconds
-        with self._cp.cuda.Device(self._ordinal) as card:
+        with loading(device) as card:
             self._set_rule(rule)
             card.synchronize()  # the weights are there: other streams do not wait for this one
 
     def _set_rule(self, rule: KeepRule | None) -> None:
         self.rule, self._rules = rule, self._program.rules(rule)
 
+    def check_every_text(self) -> None:
+        """BackendError where the model takes texts that the kernels do not hold."""
+        most, wanted = self._program.longest_text, self.config.max_tokens
+        if wanted > most:
+            raise BackendError(f"the model takes texts of {wanted} tokens, the CUDA kernels hold {most}; {ON_THE_CPU}")
+
     def with_rule(self, rule: KeepRule | None) -> CudaEngine:
         """The same weights, shared, under another keep rule."""
         engine = copy(self)
-        with self._cp.cuda.Device(self._ordinal) as card:
+        with loading(self._device) as card:
             engine._set_rule(rule)
             card.synchronize()
         return engine
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
-        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only.
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
+        """Classify the batch: logits (B, labels) float32, lengths and FLOPs, as `Forward` has them.
 
-        InputError for a text whose attention does not fit in a block's shared memory, BackendError where the GPU's
-        memory does not hold the batch.
+        With trace the last layer evaluates its rule too, instead of computing row 0 only, and masses and kept tokens of
+        all layers come along. entering, prefix: see `Engine.run`; no rows are kept, so there is nothing to take up.
+        InputError for a text whose attention does not fit in a block's shared memory, and for more than MOST_SEQUENCES;
+        BackendError where the card's memory does not hold the batch.
         """
         if not len(batch.ids):
             return _nothing(self.config, trace)
@@ -178,9 +210,9 @@ class CudaEngine:
             return run.forward()
 
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
-        """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only.
+        """Run the layers without the head: the rows that go on behind the last one, (N', D) float32, and their bounds.
 
-        Raises what `run` raises.
+        With first_only the last layer computes row 0 of each sequence only, and N' = B. Raises what `run` raises.
         """
         if not len(batch.ids):
             return LastRows(np.zeros((0, self.config.width), np.float32), batch.cu_seqlens)
@@ -201,11 +233,13 @@ class CudaEngine:
         if B > MOST_SEQUENCES:
             raise InputError(f"a batch has {B} sequences; the CUDA kernels take {MOST_SEQUENCES}: use smaller batches")
         if longest > most:
-            raise InputError(f'a text has {longest} tokens; the CUDA kernels hold {most}: use device="cpu"')
+            raise InputError(f"a text has {longest} tokens; the CUDA kernels hold {most}: {ON_THE_CPU}")
         try:
-            with self._cp.cuda.Device(self._ordinal), self._stream():
+            with self._cp.cuda.Device(self._device.ordinal), self._stream():
                 yield _Run(self.config, self._program, self._rules, batch, self._cp, first_row_only, trace)
-        except MemoryError as error:  # CuPy's own is one
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(self._cp, error):
+                raise
             raise BackendError(
                 f"the GPU has no room for {len(batch.ids)} tokens at once ({error}): use a smaller batch_tokens"
             ) from error
@@ -218,8 +252,13 @@ class CudaEngine:
         except IndexError:
             stream = self._cp.cuda.Stream(non_blocking=True)
         with stream:
-            yield
-        self._streams.append(stream)
+            try:
+                yield
+            except BaseException:
+                stream.synchronize()  # what was started may still use memory that the next run gets
+                raise
+            finally:
+                self._streams.append(stream)
 
 
 def _nothing(config: ModelConfig, trace: bool) -> Forward:

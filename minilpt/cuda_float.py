@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ModelConfig
-from .cuda_device import CudaDevice
-from .cuda_engine import LayerRule, Removed, Rows
-from .errors import UnsupportedModelError
+from .cuda_device import CudaDevice, full_sums, loading
+from .cuda_engine import LayerRule, Removed, Rows, check_fits
 from .kernels.cuda import Array, Geometry
-from .kernels.cuda.float_kernels import HEAD_WIDTHS, FloatKernels, longest_text
+from .kernels.cuda.float_kernels import FloatKernels, longest_text
 from .pruning import KeepRule
 
 Float32 = NDArray[np.float32]
@@ -51,7 +50,7 @@ class Layer(NamedTuple):
 
 
 class FloatCudaProgram:
-    """A `cuda_engine.CudaProgram`. UnsupportedModelError for heads that the kernels do not hold."""
+    """A `cuda_engine.CudaProgram`. BackendError for a model that the kernels or the card's memory do not hold."""
 
     mass_type = np.dtype(np.float32)
 
@@ -63,16 +62,12 @@ class FloatCudaProgram:
         device: CudaDevice,
         geometry: Geometry | None = None,
     ):
-        head_width = config.width // config.heads
-        if head_width > HEAD_WIDTHS[-1]:
-            raise UnsupportedModelError(
-                f"heads of {head_width} columns are wider than the {HEAD_WIDTHS[-1]} that the CUDA kernels hold; use "
-                f'device="cpu"'
-            )
-        self.row_type, self.longest_text = ROW_TYPES[precision], longest_text(head_width)
+        self.row_type, self.longest_text = ROW_TYPES[precision], longest_text(config.width // config.heads)
+        check_fits(config, self.longest_text)
         self._config, self._cp, self._weights = config, device.cp, weights
-        with device.cp.cuda.Device(device.ordinal):
+        with loading(device):
             self.kernels = FloatKernels(device.cp, geometry or Geometry(), self.row_type)
+            device.cp.cuda.device.get_cublas_handle()  # a missing cuBLAS shows here rather than at the first text
             self._upload()
         del self._weights
 
@@ -127,7 +122,8 @@ class FloatCudaProgram:
 
     def _product(self, x: Array, weight: Array) -> Array:
         out = self._cp.empty((len(x), weight.shape[1]), self.row_type)
-        self._cp.matmul(x, weight, out=out)
+        with full_sums(self._cp):
+            self._cp.matmul(x, weight, out=out)
         return out
 
     def embed(self, tokens: tuple[Array, Array, Array]) -> Array:

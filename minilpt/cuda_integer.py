@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ModelConfig
-from .cuda_device import CudaDevice
-from .cuda_engine import LayerRule, Removed, Rows
+from .cuda_device import CudaDevice, loading
+from .cuda_engine import LayerRule, Removed, Rows, check_fits
 from .integer_model import IntegerModel
 from .integer_model import Layer as IntegerLayer
 from .integer_rules import integer_rule
@@ -66,14 +66,15 @@ class Layer(NamedTuple):
 
 
 class IntegerCudaProgram:
-    """A `cuda_engine.CudaProgram`."""
+    """A `cuda_engine.CudaProgram`. BackendError for a model that the kernels or the card's memory do not hold."""
 
     row_type, mass_type = np.dtype(np.int8), np.dtype(np.int64)
 
     def __init__(self, config: ModelConfig, model: IntegerModel, device: CudaDevice, geometry: Geometry | None = None):
         self.longest_text = longest_text(config.width // config.heads)
+        check_fits(config, self.longest_text)
         self._config, self._cp, self._model = config, device.cp, model
-        with device.cp.cuda.Device(device.ordinal):
+        with loading(device):
             self.kernels = IntegerKernels(device.cp, geometry or Geometry())
             self._upload()
 

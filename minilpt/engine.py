@@ -6,6 +6,7 @@ L layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,7 +37,8 @@ class Forward:
     layer's pruning; counted_flops, (B,) int64, as the paper counts; masses and kept, for each layer (N_l,) float32 and
     bool over its N_l = attention_lengths[l].sum() live tokens, sequence after sequence: the attention that each token
     receives, summed over queries and averaged over heads, and whether it stays. Where a rule merges what it removes,
-    one row more goes on, in the place of the first removed token: ffn_lengths count it.
+    one row more goes on, in the place of the first removed token: ffn_lengths count it. entering: rows that enter some
+    layers, (N_l, D) float32 each, by layer, if they were asked for.
     """
 
     logits: Float32
@@ -48,6 +50,17 @@ class Forward:
     counted_flops: Int64 | None = None
     masses: tuple[Float32, ...] | None = None
     kept: tuple[Kept, ...] | None = None
+    entering: Mapping[int, Float32] | None = None
+
+
+class Prefix(NamedTuple):
+    """The first layers of a run, which another one of the same batch, under a rule that is the same there, need not do.
+
+    run: with trace; its `entering` holds the rows of layer number `layers`.
+    """
+
+    run: Forward
+    layers: int
 
 
 class LastRows(NamedTuple):
@@ -67,8 +80,19 @@ class Engine(Protocol):
     def with_rule(self, rule: KeepRule | None) -> Engine:
         """The same weights, shared, under another keep rule."""
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
-        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
+        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only.
+
+        entering: layers whose rows the record shall hold, of which an engine may leave out any. prefix: what is not run
+        again; the record is, bit for bit, that of a whole run, in its FLOPs too.
+        """
 
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
@@ -86,15 +110,16 @@ def outcome(
     n_attention: Int32,
     n_ffn: Int32,
     traced: Traced | None,
+    entering: Mapping[int, Float32] | None = None,
 ) -> Forward:
     """The record of a run. n_attention, n_ffn: (L, B) int32, live tokens before and after each layer's pruning.
 
-    traced: None for a run without trace.
+    traced: None for a run without trace; entering: see `Forward`.
     """
     executed = pruning.executed_flops(config, n_attention, n_ffn, first_row_only=traced is None)
     dense = pruning.dense_flops(config, n_attention[0])
     if traced is None:
-        return Forward(logits, n_ffn, executed, dense)
+        return Forward(logits, n_ffn, executed, dense, entering=entering)
     counted = pruning.counted_flops(config, n_attention, n_ffn)
     masses, kept = traced
-    return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted, tuple(masses), tuple(kept))
+    return Forward(logits, n_ffn, executed, dense, n_attention, n_ffn, counted, tuple(masses), tuple(kept), entering)

@@ -32,6 +32,7 @@ class FloatProgram:
     part, operation = "float", blocks.RUN_FORWARD
     logits_type = masses_type = np.dtype(np.float32)
     last_width = 0
+    keeps_rows = True
 
     @staticmethod
     def as_stored(config: ModelConfig, precision: str) -> frozenset[str]:

@@ -55,6 +55,7 @@ class IntegerProgram:
 
     part, operation = "integer", blocks.RUN_INTEGER_FORWARD
     logits_type, masses_type = np.dtype(np.int32), np.dtype(np.int64)
+    keeps_rows = False
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig, *, float_head: bool) -> IntegerProgram:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .cuda_engine import CudaEngine, CudaProgram
 from .cuda_float import FloatCudaProgram
 from .cuda_integer import IntegerCudaProgram
 from .engine import Engine
-from .errors import DependencyError, TokenizerError, UnsupportedModelError
+from .errors import BackendError, DependencyError, TokenizerError, UnsupportedModelError
 from .float_program import FloatProgram
 from .integer_model import load_integer_model
 from .integer_program import IntegerProgram
@@ -23,6 +24,8 @@ from .pruning import KeepRule, Pruning
 from .text import TextEncoder
 from .weights import checkpoint
 from .weights.resolve import Source, resolve
+
+FallBack = Callable[..., backends.Backend]  # `backends.fall_back`, but for its error and precision
 
 
 def load(
@@ -44,28 +47,41 @@ def load(
     revision: branch, tag or commit hash of a repository. local_files_only: take what the cache holds.
     pruning: "auto" takes the folder's ltp.json or what an LTP checkpoint carries, dense if neither; None is dense, a
     path names another ltp.json, a dict changes single keys of the folder's. device: "cpu", "cuda", or "auto", a GPU
-    where CuPy finds a usable one. precision: "fp32", "fp16" (GPU), "int8" (CPU), or "ibert", integers from the first
-    table to the logits, for a folder that `minilpt quantize` wrote or a checkpoint trained with I-BERT
-    ("ibert-float-head": but for the head, as I-BERT; CPU). threads: of the compiled kernels, by default one for each
-    usable core; on NumPy they are BLAS's, set for the whole process if given.
+    where CuPy finds one that can run this model, else the CPU, with a warning that says why not. precision: "fp32",
+    "fp16" (GPU), "int8" (CPU), or "ibert", integers from the first table to the logits, for a folder that `minilpt
+    quantize` wrote or a checkpoint trained with I-BERT ("ibert-float-head": but for the head, as I-BERT; CPU). threads:
+    of the compiled kernels, by default one for each usable core; on NumPy they are BLAS's, set for the whole process if
+    given.
 
     Raises UnknownModelError, HubError, ModelFileError, UnsupportedModelError, WeightsError, PruningError or
     BackendError, and for a curated name's first use CalibrationError. A missing tokenizer is an error only when texts
     are asked for.
     """
     backend = backends.choose(device, precision, threads)
+    may_fall_back = device == "auto" and precision in backends.CPU_PRECISIONS
+    fall_back = partial(backends.fall_back, threads=threads) if may_fall_back else None
     source = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
     config = source.labelled(read_config(source.folder))
     if source.thresholds and (pruning == "auto" or isinstance(pruning, Mapping)):
         from . import curated
 
         plain = backends.choose(device, "fp32", threads)
-        curated.keep_thresholds(source, lambda: _classifier(source, config, None, plain))
-    return _classifier(source, config, pruning_of(source, config, pruning), backend)
+        curated.keep_thresholds(source, lambda: _classifier(source, config, None, plain, fall_back))
+    return _classifier(source, config, pruning_of(source, config, pruning), backend, fall_back)
 
 
-def _classifier(source: Source, config: ModelConfig, chosen: Pruning | None, backend: backends.Backend) -> Classifier:
-    engine = _engine(source.folder, config, chosen.rule if chosen else None, backend)
+def _classifier(
+    source: Source, config: ModelConfig, chosen: Pruning | None, backend: backends.Backend, fall_back: FallBack | None
+) -> Classifier:
+    rule = chosen.rule if chosen else None
+    try:
+        engine = _engine(source.folder, config, rule, backend)
+        if fall_back and isinstance(engine, CudaEngine):
+            engine.check_every_text()
+    except BackendError as error:
+        if fall_back is None or backend.name != "cuda":
+            raise
+        engine = _engine(source.folder, config, rule, fall_back(error, precision=backend.precision))
     try:
         encoder: TextEncoder | TokenizerError | DependencyError = TextEncoder.from_folder(source.folder, config)
     except (TokenizerError, DependencyError) as error:

@@ -5,7 +5,7 @@ It runs where Numba is missing; `compiled_engine.py` is the same by compiled ker
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import ragged
 from .backends import Backend
 from .config import ModelConfig
-from .engine import Forward, LastRows, Traced, outcome
+from .engine import Forward, LastRows, Prefix, Traced, outcome
 from .footprint import Load, Needs, held
 from .kernels import NUMPY
 from .pruning import KeepRule
@@ -76,8 +76,18 @@ class NumpyEngine:
         engine.rule = rule
         return engine
 
-    def run(self, batch: TokenBatch, *, trace: bool = False) -> Forward:
-        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only."""
+    def run(
+        self,
+        batch: TokenBatch,
+        *,
+        trace: bool = False,
+        entering: Sequence[int] = (),
+        prefix: Prefix | None = None,
+    ) -> Forward:
+        """Classify the batch. With trace the last layer evaluates its rule too, instead of computing row 0 only.
+
+        entering, prefix: see `Engine.run`; no rows are kept, so there is nothing to take up.
+        """
         traced: Traced | None = ([], []) if trace else None
         (x, cu_seqlens), before, after = self._encode(batch, first_row_only=not trace, traced=traced)
         logits = self._classify(x[cu_seqlens[:-1]])

@@ -56,11 +56,13 @@ class Threads:
         """
         crew = self._crew() if self.count > 1 else None
         if crew is None or crew.busy():
-            return part(0, 1)()
+            part(0, 1)()
+            return
         job = _Job(part)
         crew.inbox.put(job)
         if crew.left.is_set() and job.taken():  # closed meanwhile: the leader has seen the job, or never will
-            return part(0, 1)()
+            part(0, 1)()
+            return
         error = job.ended.get()
         if error is not None:
             raise error

@@ -114,5 +114,8 @@ def test_every_mutant_that_lives_is_explained() -> None:
     found = files.read_json(integer.ROOT / "benchmarks" / "results" / "cuda_mutants.json")
     lives = found["survivors"]
     assert f"{found['mutants'] - len(lives)} of {found['mutants']} mutants die" in document
+    assert not found["other errors"], "errors that are no verdict of the tests"
     for mutant in lives:
-        assert mutant["before"].split("  //")[0] in document, mutant
+        assert f"    {mutant['before']}\n" in document, mutant
+        source = (integer.ROOT / "kernels" / "cuda" / mutant["source"]).read_text(encoding="utf-8")
+        assert mutant["before"] in source, "the result is of another source: make cuda-mutants"

@@ -66,6 +66,7 @@ def test_a_card_says_what_it_must(name: str) -> None:
     assert set(card.shape) == {"model_type", "layers", "heads", "width", "inner"}
     assert 0.3 < card.flops_ratio < 1
     assert card.note.startswith("Not checked against the hub") != card.verified
+    assert ("The commit was read in " in card.note) == (card.revision != "main")
     assert len(card.note) > 80
     assert name not in bundled_names()
 
@@ -298,6 +299,24 @@ def test_a_checkpoint_that_contradicts_the_card_is_refused(
     with pytest.raises(minilpt.UnsupportedModelError, match=said):
         minilpt.load(NAME)
     assert kept(cache) == []
+
+
+def test_a_pinned_commit_without_safetensors_says_which_others_to_try(
+    repository: Repository, deck: Path, cache: Path
+) -> None:
+    later = repository.refs["main"]
+    pinned = repository.commit({"config.json": b"{}", "pytorch_model.bin": b"a pickle"}, ref="old")
+    rewrite(deck, revision=pinned)
+    with pytest.raises(minilpt.ModelFileError, match=rf"at revision {pinned}: .*revision='main', or 'refs/pr/N'"):
+        minilpt.load(NAME)
+    assert kept(cache) == []
+    assert minilpt.load(NAME, revision="main", pruning=None).commit == later
+
+
+def test_a_pinned_commit_that_is_not_there_is_named(repository: Repository, deck: Path) -> None:
+    rewrite(deck, revision="0" * 40)
+    with pytest.raises(minilpt.UnknownModelError, match=f"has no revision '{'0' * 40}'"):
+        minilpt.load(NAME)
 
 
 def test_the_card_s_own_names_in_other_letters_are_the_same_names(repository: Repository, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import minilpt
 from minilpt import cuda_device, ragged, reference
 from minilpt.config import read_config
+from minilpt.cuda_float import FloatCudaProgram
 from minilpt.engine import Forward
-from minilpt.kernels.cuda import Geometry
+from minilpt.kernels.cuda import BLOCK_SHARED_BYTES, MOST_WIDTH, Geometry
 from minilpt.kernels.cuda.float_kernels import FloatKernels
 from minilpt.ranges import quantize_sequences
 from minilpt.weights import checkpoint
@@ -58,9 +60,7 @@ def on_device(cp: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`load(device="cuda")` works; gives the CuPy module."""
     monkeypatch.setitem(sys.modules, "cupy", cp)
     monkeypatch.setattr(cuda_device, "installed", lambda: True)
-    cuda_device._found.cache_clear()
     yield cp
-    cuda_device._found.cache_clear()
 
 
 def sequences(lengths: list[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
@@ -199,6 +199,91 @@ def test_threads_share_a_model(folder: Path, on_device: Any) -> None:
         assert [found.logits.tolist() for found in pool.map(model.forward, batches)] == wanted
 
 
+def test_two_threads_in_the_middle_of_their_runs_have_streams_of_their_own(
+    folder: Path, on_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that one computes depends on the other's work: the stand-in refuses what no wait puts in order."""
+    model, batches = (
+        minilpt.load(folder, device="cuda", pruning=RULES["merged"]),
+        [sequences([5, 19], n) for n in (1, 2)],
+    )
+    wanted = [model.forward(rows).logits.tolist() for rows in batches]
+    both, streams, project = threading.Barrier(2, timeout=60), [], FloatCudaProgram.project
+
+    def meeting(program: FloatCudaProgram, layer: int, x: Any) -> Any:
+        if layer == 2:
+            streams.append(on_device.cuda.get_current_stream())
+            both.wait()
+        return project(program, layer, x)
+
+    monkeypatch.setattr(FloatCudaProgram, "project", meeting)
+    with ThreadPoolExecutor(2) as pool:
+        assert [found.logits.tolist() for found in pool.map(model.forward, batches)] == wanted
+    assert streams[0] != streams[1]
+    assert on_device.cuda.get_current_stream() not in streams  # the default one
+
+
+def test_a_run_uses_the_card_of_its_load_whatever_the_thread_s_current_one(
+    folder: Path, on_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_device.cuda.runtime.getDeviceCount() < 2:
+        if not hasattr(on_device, "synchronisations"):
+            pytest.skip("needs two cards")
+        monkeypatch.setattr(on_device.cuda, "count", 2)
+    rows, Device = sequences([4, 9]), on_device.cuda.Device
+    model = minilpt.load(folder, device="cuda", pruning=RULES["threshold"])
+    wanted = model.forward(rows).logits.tolist()
+    with Device(1):
+        assert model.forward(rows).logits.tolist() == wanted
+        assert model.with_pruning(RULES["topk"]).forward(rows).logits.shape == (2, 3)
+        assert on_device.cuda.runtime.getDevice() == 1
+        other = minilpt.load(folder, device="cuda", pruning=RULES["threshold"])
+    assert other.forward(rows).logits.tolist() == wanted  # from a thread whose current card is the first
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(model.forward, rows).result().logits.tolist() == wanted
+
+
+def test_kernels_are_looked_up_once(folder: Path, on_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked_up = minilpt.load(folder, device="cuda", pruning=RULES["merged"]), []
+    if not hasattr(on_device, "synchronisations"):
+        pytest.skip("a real CuPy's class takes no other method")
+    monkeypatch.setattr(on_device.RawModule, "get_function", lambda module, name: looked_up.append(name))
+    model.forward(sequences([4, 9]))
+    assert looked_up == []
+
+
+GEOMETRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no warp": ({"row_warps": 0}, "row_warps is an integer from 1 to 32, found 0"),
+    "half a warp": ({"attention_warps": 2.5}, "attention_warps is an integer from 1 to 32, found 2.5"),
+    "more threads than a block has": ({"sequence_warps": 33}, "sequence_warps is an integer from 1 to 32, found 33"),
+    "no block": ({"most_blocks": 0}, "most_blocks is an integer from 1 to 2147483647, found 0"),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_geometry_that_no_card_launches_is_refused(name: str) -> None:
+    settings, said = GEOMETRIES[name]
+    with pytest.raises(ValueError, match=said):
+        Geometry(**settings)
+
+
+def test_more_warps_than_a_kernel_is_compiled_for_are_refused(on_device: Any) -> None:
+    kernels, rows = FloatKernels(on_device, Geometry(row_warps=16), "float32"), np.zeros((40, 4), np.float32)
+    x, places, norm = (on_device.asarray(part) for part in (rows, np.arange(40, dtype=np.int32), rows[0]))
+    with pytest.raises(ValueError, match="add_norm_f32: a block has 1 to 8 warps, found 16"):
+        kernels.add_norm(x, norm, x, places, (norm, norm), 1e-5, on_device.empty((40, 4), np.float32))
+
+
+def test_the_widest_rows_have_room(on_device: Any) -> None:
+    """In the shared memory that a block gets without asking: MOST_WIDTH is what fits."""
+    kernels, ones = FloatKernels(on_device, Geometry(), "float32"), np.ones((1, MOST_WIDTH), np.float32)
+    x, norm = on_device.asarray(ones), on_device.asarray(ones[0])
+    places, out = on_device.asarray(np.zeros(1, np.int32)), on_device.empty(ones.shape, np.float32)
+    kernels.add_norm(x, norm, x, places, (norm, norm), 1e-5, out)
+    assert np.abs(on_device.asnumpy(out) - 1).max() < 1e-3  # equal values: the norm's bias
+    assert MOST_WIDTH * 4 == BLOCK_SHARED_BYTES
+
+
 def test_runs_take_streams_that_are_free(folder: Path, on_device: Any) -> None:
     """CuPy keeps freed memory for its stream: a new stream for each run would fill the card."""
     model = minilpt.load(folder, device="cuda", pruning=None)
@@ -223,7 +308,7 @@ def test_a_text_that_does_not_fit_is_refused(tmp_path: Path, on_device: Any) -> 
 
 def test_heads_that_are_too_wide_are_refused(tmp_path: Path, on_device: Any) -> None:
     shape = {"hidden_size": 160, "num_attention_heads": 1}
-    with pytest.raises(minilpt.UnsupportedModelError, match=r'heads of 160 columns .* use device="cpu"'):
+    with pytest.raises(minilpt.BackendError, match=r'heads of 160 columns .* use device="cpu"'):
         minilpt.load(checkpoints.write(tmp_path, checkpoints.config(**shape)), device="cuda", pruning=None)
 
 

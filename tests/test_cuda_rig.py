@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cuda_rig import fake_cupy, simt
+from cuda_rig import fake_cupy, mutants, simt
 from cuda_rig.fake_cupy import FakeError
 from cuda_rig.simt import Report, RigError
 
@@ -116,6 +117,19 @@ extern "C" __global__ void quads(const float* x, float* out) {
     reinterpret_cast<float4*>(out)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];
 }
 
+namespace {
+template <typename T>
+__device__ void turn_quads(const T* x, T* out) {
+    extern __shared__ float4 turning[];
+    turning[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = turning[blockDim.x - 1 - threadIdx.x];
+}
+}  // namespace
+extern "C" __global__ void turned_quads(const float* x, float* out) {
+    turn_quads(reinterpret_cast<const float4*>(x), reinterpret_cast<float4*>(out));
+}
+
 extern "C" __global__ void neighbours(const int* x, int n, int* out) {
     const unsigned there = (1u << n) - 1;
     if (threadIdx.x < n) out[threadIdx.x] = __shfl_down_sync(there, x[threadIdx.x], 1);
@@ -183,6 +197,8 @@ def test_right_kernels_give_numpy_s_results(checked: bool, schedule: str) -> Non
     first = int((whole[:32] > 0).sum()) + 100 * bool((whole[:32] > 8).any()) + 1000 * bool((whole[:32] > -9).all())
     assert np.array_equal(result("reversed", 1, 64, whole[:64].copy(), np.zeros(64, np.int32)), turned(whole[:64]))
     assert np.array_equal(result("quads", 1, 50, X, np.zeros_like(X)), X)
+    backwards = result("turned_quads", 1, 50, X, np.zeros_like(X), shared_bytes=16 * 50)
+    assert np.array_equal(backwards, X.reshape(50, 4)[::-1].ravel())
     assert votes[0] == first + 10000 * int((whole[:64] > 0).sum()) + 1000000 * bool((whole[:64] > 8).any())
 
 
@@ -440,29 +456,80 @@ def test_device_and_host_arrays_do_not_mix(cupy: Any) -> None:
 # Mutants.
 
 
-def judged(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+def judged(folder: Path, command: str, *options: str) -> subprocess.CompletedProcess[str]:
     source = folder / "a.cu"
     source.write_text('extern "C" __global__ void k(int* out) {\n    __syncthreads();\n    if (*out > 0) return;\n}\n')
-    asked = [
-        sys.executable,
-        "-m",
-        "cuda_rig.mutants",
-        str(source),
-        "--out",
-        str(folder / "out.json"),
-        "--command",
-        command,
-    ]
+    asked = [sys.executable, "-m", "cuda_rig.mutants", str(source), "--out", str(folder / "out.json")]
+    asked += ["--command", command, *options]
     return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
 def test_a_mutant_is_killed_or_survives_by_the_command_s_word(tmp_path: Path) -> None:
-    done = judged(tmp_path, "bash -c 'grep -q __syncthreads $CUDA_RIG_MUTANT'")
+    done = judged(tmp_path, "bash -c 'grep -q __syncthreads $CUDA_RIG_MUTANT || { echo AssertionError; exit 1; }'")
     assert done.stdout == "1 of 2 mutants were killed\n", done.stderr
+    assert "a failed assertion: a.cu:2, no block barrier" in done.stderr
     assert "survived: a.cu:3, no early return" in done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["mutants"], found["outcomes"]) == (2, {"a failed assertion": 1, "survived": 1})
+    assert [mutant["before"] for mutant in found["survivors"]] == ["if (*out > 0) return;"]
+
+
+DEATHS = {
+    "the checker's report": "echo FakeError: the checker found: Finding; echo AssertionError; exit 1",
+    "a failed assertion": "echo AssertionError; exit 1",
+    "a crash": "kill -SEGV $$",
+    "too long": "sleep 60",
+    "another error": "echo KeyError; exit 1",
+}
+
+
+@pytest.mark.parametrize("outcome", DEATHS)
+def test_what_killed_a_mutant_is_told(tmp_path: Path, outcome: str) -> None:
+    """Errors that are no verdict of the tests are listed with what was said."""
+    whole = f"bash -c 'grep -q __syncthreads $CUDA_RIG_MUTANT && exit 0; {DEATHS[outcome]}'"
+    done = judged(tmp_path, whole, "--only", "no block barrier", "--limit-s", "2")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["outcomes"] == {outcome: 1}, done.stderr
+    assert [mutant["said"] for mutant in found["other errors"]] == (
+        ["KeyError\n"] if outcome == "another error" else []
+    )
 
 
 def test_mutants_of_tests_that_fail_anyway_are_not_counted_as_killed(tmp_path: Path) -> None:
     done = judged(tmp_path, "false")
-    assert done.returncode == 1 and "before anything is changed: false" in done.stderr
+    assert done.returncode == 1
+    assert "before anything is changed: false" in done.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_an_import_that_fails_is_no_verdict(tmp_path: Path) -> None:
+    """Pytest's exit code is 2 then, and 5 where it has selected nothing."""
+    done = judged(tmp_path, "bash -c 'grep -q __syncthreads $CUDA_RIG_MUTANT || exit 2'")
+    assert done.returncode == 1
+    assert "gave 2, which is no verdict" in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_mutant_that_does_not_compile_is_not_counted() -> None:
+    """Nor is the command run."""
+    mutant = mutants.Mutant("a.cu", 1, "no guard", "", "", 'extern "C" __global__ void k() { nonsense; }')
+    assert mutants.judge(mutant, ["false"], 1).outcome == mutants.INVALID
+
+
+def test_every_mutation_is_found_in_its_place(tmp_path: Path) -> None:
+    source = tmp_path / "a.cu"
+    code = [
+        "template <int N>",
+        "if (i < n) x = 1;  // if (a < b)",
+        "atomicAdd(at, 1);",
+        "if (lane == 0) x = 2;",
+        "__syncwarp();",
+    ]
+    source.write_text("\n".join(code))
+    assert [(mutant.line, mutant.mutation, mutant.after) for mutant in mutants.mutants(source)] == [
+        (2, "no guard", "if (true) x = 1;"),
+        (2, "a bound one too high", "if (i <= n) x = 1;"),
+        (3, "a plain addition, not an atomic one", "(*(at) += 1);"),
+        (4, "every thread, not the first", "if (true) x = 2;"),
+        (5, "no warp barrier", ";"),
+    ]

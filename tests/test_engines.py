@@ -55,7 +55,8 @@ def sequences(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 def columns(result: Forward, places: Sequence[int]) -> list[Any]:
     """What a result says of some sequences."""
-    values = [getattr(result, field.name) for field in fields(result) if field.name not in ("masses", "kept", "logits")]
+    by_token = ("masses", "kept", "entering")
+    values = [getattr(result, field.name) for field in fields(result) if field.name not in (*by_token, "logits")]
     return [result.logits[places].tolist(), *(v if v is None else v[..., places].tolist() for v in values)]
 
 

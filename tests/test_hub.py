@@ -266,6 +266,17 @@ def test_pickles_are_named_and_never_fetched(hub: Hub, ask: Worker, files: dict[
     assert fetched(hub, "acme/pickles") == set()
 
 
+def test_a_sentencepiece_model_alone_is_refused_before_the_weights(
+    hub: Hub, ask: Worker, files: dict[str, bytes]
+) -> None:
+    plain = {name: files[name] for name in ("config.json", "model.safetensors")}
+    hub.publish("acme/pieces", plain | {"sentencepiece.bpe.model": b"pieces"})
+    answer = ask("acme/pieces")
+    assert answer["error"] == "ModelFileError"
+    assert "no tokenizer.json, only sentencepiece.bpe.model" in answer["message"]
+    assert fetched(hub, "acme/pieces") == set()
+
+
 def test_refusals_say_what_the_token_must_be(
     hub: Hub, ask: Worker, start: Callable[..., Worker], files: dict[str, bytes]
 ) -> None:

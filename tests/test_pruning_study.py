@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import minilpt
-from benchmarks import merge_ablation, pruning_study, study_data, study_report
+from benchmarks import merge_ablation, pruning_study, study_ablations, study_data, study_report
 from minilpt.tasks import TASKS
 
 import checkpoints
@@ -115,6 +115,9 @@ RESULTS = Path(pruning_study.__file__).parent / "results"
 def test_the_docs_say_what_the_results_hold() -> None:
     ablation = json.loads((RESULTS / "merge_ablation.json").read_text(encoding="utf-8"))
     assert merge_ablation.report(ablation) in DOCS
+    ablations = json.loads(study_ablations.RESULTS.read_text(encoding="utf-8"))
+    assert study_ablations.lengths_table(ablations) in DOCS
+    assert study_ablations.manual_table(ablations) in DOCS
     study = json.loads((RESULTS / "pruning_study.json").read_text(encoding="utf-8"))
     assert study_report.summary(study) in DOCS
     assert study_report.details(study) in DOCS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 
 import minilpt
 from minilpt.config import read_config
+from minilpt.tasks import TASKS, read_examples
 from minilpt.text import TextEncoder
 
 import checkpoints
 
 torch = pytest.importorskip("torch", reason="recipes need torch (extra train)")
 
-from minilpt.weights.recipes import export, ltp_bert, train_ltp  # noqa: E402
+from minilpt.weights.recipes import export, ltp_bert, operating_point, train_ltp  # noqa: E402
 
 SHAPE = ltp_bert.Shape(layers=3, heads=4, eps=1e-12, dropout=0.0, denominator_limit=20)
 
@@ -205,3 +207,27 @@ def test_the_soft_rule_becomes_the_hard_one_as_its_temperature_falls(base: Path)
         gaps.append((weight - alive).abs().max().item())
     assert gaps[2] < 1e-3 < gaps[0]
     assert torch.allclose(soft, hard, atol=1e-4)
+
+
+def test_the_operating_point_is_the_cheapest_that_loses_little(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    rule = {"rule": "threshold", "thresholds": [0.2, 0.3, 0.4], "score_denominator": "initial", "denominator_limit": 20}
+    (folder / "ltp.json").write_text(json.dumps({"schema_version": 1, **rule, "provenance": {"recipe": "a test"}}))
+    options = ["--task", "sst-2", "--texts", str(data / "dev.tsv")]
+    for max_drop in (0, 100):
+        monkeypatch.setattr("sys.argv", ["operating_point", str(folder), *options, "--max-drop", str(max_drop)])
+        operating_point.main()
+        record = json.loads((folder / "ltp.json").read_text())
+        points = record["frontier"]
+        assert [point["flops_ratio"] for point in points] == sorted({p["flops_ratio"] for p in points}, reverse=True)
+        dense, picked = points[0], next(p for p in points if p["thresholds"] == record["thresholds"])
+        assert all(dense["metric"] - p["metric"] <= max_drop for p in points[: points.index(picked) + 1])
+        assert picked is points[-1] or dense["metric"] - points[points.index(picked) + 1]["metric"] > max_drop
+        model = minilpt.load(folder)
+        texts = [example.text for example in read_examples(data / "dev.tsv", TASKS["sst-2"])]
+        traced = model.forward(*model.encode(texts), trace=True)
+        assert traced.counted_flops is not None
+        assert picked["flops_ratio"] == traced.counted_flops.sum() / traced.dense_flops.sum()

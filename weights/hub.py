@@ -25,6 +25,8 @@ FILES = re.compile(
     | modules\.json | config_sentence_transformers\.json | \d+_Pooling/config\.json""",
     re.VERBOSE,
 )
+TOKENIZERS = {"tokenizer.json", "vocab.txt", "vocab.json"}  # one of them is enough
+SENTENCEPIECE = {"sentencepiece.bpe.model", "spiece.model"}  # must be converted to tokenizer.json
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, under a limit
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Owner and name, as the hub allows them, in at most 96 characters.
@@ -38,8 +40,8 @@ def snapshot(repository: str, revision: str | None = None, *, local_files_only: 
     request; of anything else, with local_files_only or HF_HUB_OFFLINE, or with a warning if the hub does not answer.
 
     Raises UnknownModelError for a repository or revision that is not there, ModelFileError for one without config.json
-    or safetensors weights, HubError if access is refused, the download fails, or a model that is not in the cache is
-    wanted offline.
+    or safetensors weights or whose only tokenizer is SentencePiece's, HubError if access is refused, the download
+    fails, or a model that is not in the cache is wanted offline.
     """
     library = _library()
     offline = local_files_only or library.constants.HF_HUB_OFFLINE
@@ -108,9 +110,15 @@ def _wanted(library: Any, repository: str, revision: str | None) -> list[str]:
         pickles = sorted(there.intersection(PICKLES))
         found = f"only {', '.join(pickles)}; a pickle can run code, so minilpt never opens one" if pickles else "none"
         raise ModelFileError(
-            f"{repository}{_at(revision)}: weights as {SINGLE} were expected, found {found}. Look for a revision with "
-            f"safetensors (often refs/pr/N), or convert it where torch is installed: load it with transformers and "
-            f"call save_pretrained(FOLDER, safe_serialization=True)"
+            f"{repository}{_at(revision)}: weights as {SINGLE} were expected, found {found}. Look for another revision "
+            f"with safetensors (revision='main', or 'refs/pr/N' of a pull request), or convert it where torch is "
+            f"installed: load it with transformers and call save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    if SENTENCEPIECE & there and not TOKENIZERS & there:
+        raise ModelFileError(
+            f"{repository}{_at(revision)}: no tokenizer.json, only {', '.join(sorted(SENTENCEPIECE & there))}, which "
+            f"minilpt does not read. Where transformers and sentencepiece are installed, load the model and "
+            f"AutoTokenizer and call save_pretrained(FOLDER) of both; then load FOLDER"
         )
     return sorted({name for name in there if FILES.fullmatch(name)} | weights | ({INDEX} & there))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ Array = Any  # of the device, contiguous
 
 WARP = 32
 BLOCK_SHARED_BYTES = 48 * 1024  # that a block gets without asking for more (CUDA C++ programming guide, table 27)
+MOST_THREADS = 1024  # of a block, on every card
+MOST_GRID = 2**31 - 1  # blocks of a grid's first dimension
+MOST_WIDTH = BLOCK_SHARED_BYTES // 4  # of rows whose norm one warp computes in shared memory
 # As the sources have them: queries of one block of partial masses, queries of a warp, keys in shared memory at a time.
 QUERIES, ROWS, TILE = 64, 4, 32
 
@@ -33,17 +36,33 @@ TYPES: Mapping[str, type[np.generic]] = {
     "float": np.float32,
     "__half": np.float16,
 }
-_SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?(\w+)\(([^)]*)\)')
+_SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\((\d+)[\d, ]*\)\s+)?(\w+)\(([^)]*)\)')
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Warps of a block: of row operations, of attention (fewer where a text is long), of what works by sequence."""
+    """Warps of a block: of row operations, of attention (fewer where a text is long), of what works by sequence.
+
+    ValueError for what no card can launch.
+    """
 
     row_warps: int = 4
     attention_warps: int = 4
     sequence_warps: int = 4
     most_blocks: int = 40 * 16  # of a row operation; the rest is strided over. A T4 holds 16 blocks on each of 40 SMs
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, most = getattr(self, field.name), MOST_GRID if field.name == "most_blocks" else MOST_THREADS // WARP
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"a geometry's {field.name} is an integer from 1 to {most}, found {value!r}")
+
+
+class Signature(NamedTuple):
+    """A kernel's parameters, each with its type and whether it is an array of it, and the most threads of a block."""
+
+    parameters: list[tuple[type[np.generic], bool]]
+    most_threads: int
 
 
 def source(name: str) -> str:
@@ -51,14 +70,27 @@ def source(name: str) -> str:
     return resources.files(__package__).joinpath(f"{name}.cu").read_text(encoding="utf-8")
 
 
-def signatures(text: str) -> dict[str, list[tuple[type[np.generic], bool]]]:
-    """The kernels of a source: for each parameter its type, and whether it is an array of it."""
-    return {name: [_parameter(part) for part in parameters.split(",")] for name, parameters in _SIGNATURE.findall(text)}
+def signatures(text: str) -> dict[str, Signature]:
+    """The kernels of a source."""
+    return {
+        name: Signature([_parameter(part) for part in parameters.split(",")], int(bound or MOST_THREADS))
+        for bound, name, parameters in _SIGNATURE.findall(text)
+    }
 
 
 def _parameter(text: str) -> tuple[type[np.generic], bool]:
     kind = text.strip().removeprefix("const ").rsplit(maxsplit=1)[0]
     return TYPES[kind.removesuffix("*")], kind.endswith("*")
+
+
+def pitch(words: int) -> int:
+    """From a row in shared memory to the next: an odd number of fours, which are read at a time."""
+    return 4 * (math.ceil(words / 4) | 1)
+
+
+def rows_words(warps: int, words: int) -> int:
+    """Of a block's queries and one tile of keys, in rows of so many words."""
+    return (warps * ROWS + TILE) * pitch(words)
 
 
 class Kernels:
@@ -72,32 +104,45 @@ class Kernels:
 
     def __init__(self, cp: Any, geometry: Geometry):
         self._geometry = geometry
-        self._signatures, self._modules = {}, {}  # type: dict[str, list[tuple[type[np.generic], bool]]], dict[str, Any]
+        self._signatures: dict[str, Signature] = {}
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}  # of those, what was launched before
         for name in self.sources:
             text = source(name)
             module = cp.RawModule(code=text, options=("-std=c++17", "--fmad=false"), backend="nvrtc")
-            for kernel, parameters in signatures(text).items():
-                self._signatures[kernel], self._modules[kernel] = parameters, module
+            found = signatures(text)
+            self._signatures |= found
+            self._modules |= dict.fromkeys(found, module)
 
     def compile(self) -> None:
         """Compile everything now."""
-        for module in dict.fromkeys(self._modules.values()):
-            module.compile()
+        for name in self._modules:
+            self._kernel(name)
+
+    def _kernel(self, name: str) -> Any:
+        """Looked up in its module once: CuPy makes a new object of every look-up, which asks the driver again."""
+        if name not in self._kernels:
+            self._kernels[name] = self._modules[name].get_function(name)
+        return self._kernels[name]
 
     def launch(self, name: str, grid: Sequence[int], warps: int, *arguments: Any, shared_bytes: int = 0) -> None:
         """Start a kernel on the current stream: arrays of the device as they are, numbers in the parameter's type.
 
-        TypeError where an array is of another type than the kernel reads.
+        TypeError where an array is of another type than the kernel reads, ValueError where a block has more warps than
+        the kernel is compiled for.
         """
+        parameters, most_threads = self._signatures[name]
+        if not 1 <= warps <= most_threads // WARP:
+            raise ValueError(f"{name}: a block has 1 to {most_threads // WARP} warps, found {warps}")
         packed = []
-        for number, (argument, (kind, is_array)) in enumerate(zip(arguments, self._signatures[name], strict=True)):
+        for number, (argument, (kind, is_array)) in enumerate(zip(arguments, parameters, strict=True)):
             if is_array and argument.dtype != kind:
                 raise TypeError(
                     f"{name}: argument {number} must be an array of {kind.__name__}, found {argument.dtype}"
                 )
             packed.append(argument if is_array else kind(argument))
         shape = (*grid, 1, 1)[:3]
-        self._modules[name].get_function(name)(shape, (warps * WARP,), tuple(packed), shared_mem=shared_bytes)
+        self._kernel(name)(shape, (warps * WARP,), tuple(packed), shared_mem=shared_bytes)
 
     def on_rows(self, name: str, out: Array, *arguments: Any, row_bytes: int = 0) -> None:
         """A kernel whose warps each compute rows of out, (N, K). row_bytes: of shared memory for each warp."""
@@ -111,12 +156,23 @@ class Kernels:
         """A kernel with one block for each of B sequences."""
         self.launch(name, (B,), self._geometry.sequence_warps, *arguments)
 
-    def attention_warps(self, bytes_of: Any) -> int:
-        """Warps of a block, as many as fit: bytes_of(warps) of shared memory."""
-        warps = self._geometry.attention_warps
+    def on_heads(
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        bytes_of: Callable[[int], int],
+        *arguments: Any,
+        queries_of_block: int | None = None,
+    ) -> None:
+        """A kernel of attention, of as many warps a block as have room: bytes_of(warps) of shared memory.
+
+        shape: the most queries of a sequence, heads, B. queries_of_block: ROWS for each warp if not given.
+        """
+        warps, (queries, heads, B) = self._geometry.attention_warps, shape
         while warps > 1 and bytes_of(warps) > BLOCK_SHARED_BYTES:
             warps //= 2
-        return warps
+        grid = (math.ceil(queries / (queries_of_block or warps * ROWS)), heads, B)
+        self.launch(name, grid, warps, *arguments, shared_bytes=bytes_of(warps))
 
     def compact(
         self,

@@ -10,7 +10,17 @@
 // per head, context 4 n n' d; at MNLI's lengths some 0.4 and 0.7 us a sequence of RoBERTa-base and layer, beside 8.4 us of
 // products (benchmarks/t4_model.py).
 //
-// Registers on sm_75: 61 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
+// On a T4, for RoBERTa-base and texts of 32, 128 and 512 tokens (benchmarks/cuda_compile.py): registers, no spill;
+// threads of a block; kilobytes of its shared memory; resident threads in percent of 1,024.
+//   attention_context_f16_d128: 72; 128; 42.2; 12.5
+//   attention_context_f16_d32: 59; 128; 11.5; 62.5
+//   attention_context_f16_d64: 64; 128; 21.8; 37.5
+//   attention_context_f32_d128: 72; 128; 42.2; 12.5
+//   attention_context_f32_d32: 62; 128; 11.5; 62.5
+//   attention_context_f32_d64: 64; 128; 21.8; 37.5
+//   attention_mass_f16, attention_mass_f32: 56; 128; 15.2, 21.8, 47.9; 50, 37.5, 12.5
+//   merged_context_f16, merged_context_f32: 64; 64; 0.1, 0.5, 2.0; 100
+//   weighted_probs_f16, weighted_probs_f32: 58; 128; 15.2, 21.8, 47.9; 50, 37.5, 12.5
 
 #include <cuda_fp16.h>
 
@@ -36,22 +46,95 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Rows in shared memory lie an odd number of words apart: 32 lanes that read one column each of 32 rows meet no bank twice.
-__device__ __forceinline__ int pitch(int head_width) { return head_width | 1; }
+__device__ __forceinline__ float4 load4(const float* at) { return *reinterpret_cast<const float4*>(at); }
+__device__ __forceinline__ float4 load4(const __half* at) {
+    const int2 bits = *reinterpret_cast<const int2*>(at);  // in one reading
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&bits.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&bits.y));
+    return make_float4(low.x, low.y, high.x, high.y);
+}
 
-// `count` rows of one head, with their bias, by all threads of the block. rows: the first one's head.
+// Rows in shared memory are fours of words, an odd number of them apart: eight lanes, as many as are served at once, that
+// read four columns each of eight rows meet no bank twice.
+__device__ __forceinline__ int fours(int head_width) { return (head_width + 3) / 4; }
+__device__ __forceinline__ int pitch(int head_width) { return 4 * (fours(head_width) | 1); }
+
 template <typename T>
-__device__ void load_rows(const T* rows, int stride, int count, const float* bias, int head_width, float* tile) {
-    for (int i = threadIdx.x; i < count * head_width; i += blockDim.x) {
-        const int row = i / head_width, c = i % head_width;
-        tile[row * pitch(head_width) + c] = load(rows + static_cast<long long>(row) * stride + c) + bias[c];
+struct Following {  // rows that lie one after another
+    const T* first;
+    int stride;
+    __device__ const T* operator()(int row) const { return first + static_cast<long long>(row) * stride; }
+};
+template <typename T>
+struct Listed {  // rows by their numbers
+    const T* first;
+    int stride;
+    const int* numbers;
+    __device__ const T* operator()(int row) const { return first + static_cast<long long>(numbers[row]) * stride; }
+};
+
+// scale * (x + bias) of `count` rows of one head, zeros behind their ends and in the rows from there to `room`, by all
+// threads of the block. at(row): its head. Where a head is whole fours, so are all before it: each begins at a multiple of
+// four values.
+template <typename At>
+__device__ void load_rows(const At& at, int count, int room, const float* bias, float scale, int head_width, float* tile) {
+    for (int i = threadIdx.x; i < room * fours(head_width); i += blockDim.x) {
+        const int row = i / fours(head_width), c = 4 * (i % fours(head_width));
+        float4 x = make_float4(0, 0, 0, 0);
+        if (row < count && head_width % 4 == 0) {
+            const float4 y = load4(at(row) + c), b = load4(bias + c);
+            x = make_float4(scale * (y.x + b.x), scale * (y.y + b.y), scale * (y.z + b.z), scale * (y.w + b.w));
+        } else if (row < count) {
+            const auto from = at(row);
+            const auto one = [&](int k) { return k < head_width ? scale * (load(from + k) + bias[k]) : 0.0f; };
+            x = make_float4(one(c), one(c + 1), one(c + 2), one(c + 3));
+        }
+        *reinterpret_cast<float4*>(tile + row * pitch(head_width) + c) = x;
     }
 }
 
-__device__ __forceinline__ float dot(const float* a, const float* b, int width) {
-    float total = 0;
-    for (int c = 0; c < width; ++c) total = __fmaf_rn(a[c], b[c], total);
-    return total;
+// Of ROWS rows with one, column after column; zeros behind a row's end add nothing.
+__device__ __forceinline__ void dots(const float* rows, const float* with, int head_width, float (&total)[ROWS]) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) total[r] = 0;
+#pragma unroll 1  // more cost registers, and blocks that are there at once
+    for (int c = 0; c < head_width; c += 4) {
+        const float4 y = load4(with + c);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const float4 x = load4(rows + r * pitch(head_width) + c);
+            total[r] = __fmaf_rn(x.x, y.x, total[r]);
+            total[r] = __fmaf_rn(x.y, y.y, total[r]);
+            total[r] = __fmaf_rn(x.z, y.z, total[r]);
+            total[r] = __fmaf_rn(x.w, y.w, total[r]);
+        }
+    }
+}
+
+// A lane's neighbouring columns of the context: one value, two or four.
+__device__ __forceinline__ void load_columns(const float* at, float (&x)[1]) { x[0] = *at; }
+__device__ __forceinline__ void load_columns(const float* at, float (&x)[2]) {
+    const float2 two = *reinterpret_cast<const float2*>(at);
+    x[0] = two.x, x[1] = two.y;
+}
+__device__ __forceinline__ void load_columns(const float* at, float (&x)[4]) {
+    const float4 four = load4(at);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+__device__ __forceinline__ void store_columns(float* at, const float (&x)[1]) { *at = x[0]; }
+__device__ __forceinline__ void store_columns(__half* at, const float (&x)[1]) { *at = __float2half_rn(x[0]); }
+__device__ __forceinline__ void store_columns(float* at, const float (&x)[2]) {
+    *reinterpret_cast<float2*>(at) = make_float2(x[0], x[1]);
+}
+__device__ __forceinline__ void store_columns(__half* at, const float (&x)[2]) {
+    *reinterpret_cast<__half2*>(at) = __floats2half2_rn(x[0], x[1]);
+}
+__device__ __forceinline__ void store_columns(float* at, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void store_columns(__half* at, const float (&x)[4]) {
+    const __half2 low = __floats2half2_rn(x[0], x[1]), high = __floats2half2_rn(x[2], x[3]);
+    *reinterpret_cast<int2*>(at) = make_int2(*reinterpret_cast<const int*>(&low), *reinterpret_cast<const int*>(&high));
 }
 
 struct One {
@@ -67,12 +150,12 @@ struct Share {
 template <typename T, typename Weigh>
 __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqlens, int tokens, int width, int heads,
                             int longest, float scale, Weigh weigh, float* out_zhn) {
-    extern __shared__ float shared[];
+    extern __shared__ float4 shared_fours[];
     const int d = width / heads, h = blockIdx.y, b = blockIdx.z, begin = cu_seqlens[b], n = cu_seqlens[b + 1] - begin;
     const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rows = warps * ROWS;
     const int first = blockIdx.x * QUERIES, last = min(first + QUERIES, n);
     if (first >= n) return;
-    float* query = shared;
+    float* query = reinterpret_cast<float*>(shared_fours);
     float* key = query + rows * pitch(d);
     float* scores = key + TILE * pitch(d);
     float* columns = scores + rows * longest;
@@ -80,14 +163,20 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
     for (int k = threadIdx.x; k < n; k += blockDim.x) columns[k] = 0;
     for (int q0 = first; q0 < last; q0 += rows) {
         const int count = min(rows, last - q0);
-        load_rows(head + static_cast<long long>(q0) * 3 * width, 3 * width, count, bias + h * d, d, query);
+        load_rows(Following<T>{head + static_cast<long long>(q0) * 3 * width, 3 * width}, count, rows, bias + h * d, 1, d,
+                  query);
         for (int k0 = 0; k0 < n; k0 += TILE) {
             const int keys = min(TILE, n - k0);
-            load_rows(head + static_cast<long long>(k0) * 3 * width + width, 3 * width, keys, bias + width + h * d, d, key);
+            load_rows(Following<T>{head + static_cast<long long>(k0) * 3 * width + width, 3 * width}, keys, keys,
+                      bias + width + h * d, 1, d, key);
             __syncthreads();  // queries and keys are there; whoever added up the scores before is done
-            for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, count); ++r)
-                if (lane < keys)
-                    scores[r * longest + k0 + lane] = scale * dot(query + r * pitch(d), key + lane * pitch(d), d);
+            if (lane < keys) {
+                float score[ROWS];
+                dots(query + warp * ROWS * pitch(d), key + lane * pitch(d), d, score);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r)
+                    if (warp * ROWS + r < count) scores[(warp * ROWS + r) * longest + k0 + lane] = scale * score[r];
+            }
             __syncthreads();  // before the next keys take their place; and the scores are there
         }
         for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, count); ++r) {
@@ -113,45 +202,39 @@ __device__ void sum_columns(const T* qkv, const float* bias, const int* cu_seqle
     for (int k = threadIdx.x; k < n; k += blockDim.x) out[k] = columns[k];
 }
 
-// Softmax with a running maximum. A lane holds every 32nd of up to 32 * COLUMNS columns of the context.
+// Softmax with a running maximum. A lane holds COLUMNS neighbouring ones of up to 32 * COLUMNS columns of the context.
 // Shared memory: queries (rows, pitch), keys (TILE, pitch), values (TILE, pitch), in floats.
 template <typename T, int COLUMNS>
 __device__ void attention_context(const T* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const T* kv,
                                   int kv_stride, int k_offset, int v_offset, const int* cu_seqlens, const float* bias,
                                   int width, int heads, float scale, T* context) {
-    extern __shared__ float shared[];
+    extern __shared__ float4 shared_fours[];
     const int d = width / heads, h = blockIdx.y, b = blockIdx.z, begin = cu_seqlens[b], n = cu_seqlens[b + 1] - begin;
     const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rows = warps * ROWS;
     const int first = q_cu_seqlens[b] + blockIdx.x * rows, last = min(first + rows, q_cu_seqlens[b + 1]);
     if (first >= last) return;
-    float* query = shared;
+    float* query = reinterpret_cast<float*>(shared_fours);
     float* key = query + rows * pitch(d);
     float* value = key + TILE * pitch(d);
-    for (int i = threadIdx.x; i < (last - first) * d; i += blockDim.x) {
-        const int row = i / d, c = i % d;
-        const T* from = q + static_cast<long long>(q_rows[first + row]) * q_stride + h * d;
-        query[row * pitch(d) + c] = scale * (load(from + c) + bias[h * d + c]);
-    }
+    load_rows(Listed<T>{q + h * d, q_stride, q_rows + first}, last - first, rows, bias + h * d, scale, d, query);
     float most[ROWS], total[ROWS], sums[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; ++r) {
         most[r] = LOWEST, total[r] = 0;
         for (int i = 0; i < COLUMNS; ++i) sums[r][i] = 0;
     }
-    const int mine = min(ROWS, last - first - warp * ROWS);  // queries of this warp; none if negative
+    const int column = COLUMNS * lane;
     const T* head = kv + static_cast<long long>(begin) * kv_stride + h * d;
     for (int k0 = 0; k0 < n; k0 += TILE) {
         const int keys = min(TILE, n - k0);
         const T* tile = head + static_cast<long long>(k0) * kv_stride;
-        load_rows(tile + k_offset, kv_stride, keys, bias + width + h * d, d, key);
-        load_rows(tile + v_offset, kv_stride, keys, bias + 2 * width + h * d, d, value);
+        load_rows(Following<T>{tile + k_offset, kv_stride}, keys, keys, bias + width + h * d, 1, d, key);
+        load_rows(Following<T>{tile + v_offset, kv_stride}, keys, keys, bias + 2 * width + h * d, 1, d, value);
         __syncthreads();  // queries, keys and values are there
         float probs[ROWS];
+        if (lane < keys) dots(query + warp * ROWS * pitch(d), key + lane * pitch(d), d, probs);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            probs[r] = 0;
-            if (r >= mine) continue;
-            const float* row = query + (warp * ROWS + r) * pitch(d);
-            const float score = lane < keys ? dot(row, key + lane * pitch(d), d) : LOWEST;
+            const float score = lane < keys ? probs[r] : LOWEST;
             const float higher = fmaxf(most[r], warp_max(score));
             const float shrink = expf(most[r] - higher);
             probs[r] = expf(score - higher);
@@ -160,24 +243,33 @@ __device__ void attention_context(const T* q, int q_stride, const int* q_rows, c
 #pragma unroll
             for (int i = 0; i < COLUMNS; ++i) sums[r][i] *= shrink;
         }
+#pragma unroll 2
         for (int k = 0; k < keys; ++k) {
+            float v[COLUMNS] = {};
+            if (column < d) load_columns(value + k * pitch(d) + column, v);
 #pragma unroll
-            for (int i = 0; i < COLUMNS; ++i) {
-                const int c = i * WARP + lane;
-                const float v = c < d ? value[k * pitch(d) + c] : 0;
+            for (int r = 0; r < ROWS; ++r) {
+                const float prob = __shfl_sync(ALL, probs[r], k);
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) sums[r][i] = __fmaf_rn(__shfl_sync(ALL, probs[r], k), v, sums[r][i]);
+                for (int i = 0; i < COLUMNS; ++i) sums[r][i] = __fmaf_rn(prob, v[i], sums[r][i]);
             }
         }
         __syncthreads();  // before the next keys and values take their place
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        if (r >= mine) continue;
-        T* out = context + static_cast<long long>(first + warp * ROWS + r) * width + h * d;
+        const int row = first + warp * ROWS + r;
+        if (row >= last) continue;
+        T* out = context + static_cast<long long>(row) * width + h * d;
 #pragma unroll
-        for (int i = 0; i < COLUMNS; ++i)
-            if (i * WARP + lane < d) store(out + i * WARP + lane, sums[r][i] / total[r]);
+        for (int i = 0; i < COLUMNS; ++i) sums[r][i] /= total[r];
+        if (column < d && d % COLUMNS == 0) {
+            store_columns(out + column, sums[r]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i)
+                if (column + i < d) store(out + column + i, sums[r][i]);
+        }
     }
 }
 
@@ -212,24 +304,24 @@ __device__ void merged_context(const float* probs_zhn, const T* qkv, const float
 
 // Grid (Z of the longest sequence, H, B). qkv: (N, 3 D). mass_zhn: (Z, H, N), of which a sequence writes its own columns in
 // its own first ceil(n / 64) rows.
-extern "C" __global__ void __launch_bounds__(256) attention_mass_f32(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_mass_f32(
     const float* qkv, const float* bias, const int* cu_seqlens, int tokens, int width, int heads, int longest,
     float scale, float* mass_zhn) {
     sum_columns(qkv, bias, cu_seqlens, tokens, width, heads, longest, scale, One(), mass_zhn);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_mass_f16(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_mass_f16(
     const __half* qkv, const float* bias, const int* cu_seqlens, int tokens, int width, int heads, int longest,
     float scale, float* mass_zhn) {
     sum_columns(qkv, bias, cu_seqlens, tokens, width, heads, longest, scale, One(), mass_zhn);
 }
 
 // The same, of probabilities times share_n, (N,), of their queries.
-extern "C" __global__ void __launch_bounds__(256) weighted_probs_f32(
+extern "C" __global__ void __launch_bounds__(256, 3) weighted_probs_f32(
     const float* qkv, const float* bias, const int* cu_seqlens, const float* share_n, int tokens, int width, int heads,
     int longest, float scale, float* probs_zhn) {
     sum_columns(qkv, bias, cu_seqlens, tokens, width, heads, longest, scale, Share{share_n}, probs_zhn);
 }
-extern "C" __global__ void __launch_bounds__(256) weighted_probs_f16(
+extern "C" __global__ void __launch_bounds__(256, 3) weighted_probs_f16(
     const __half* qkv, const float* bias, const int* cu_seqlens, const float* share_n, int tokens, int width, int heads,
     int longest, float scale, float* probs_zhn) {
     sum_columns(qkv, bias, cu_seqlens, tokens, width, heads, longest, scale, Share{share_n}, probs_zhn);
@@ -238,42 +330,42 @@ extern "C" __global__ void __launch_bounds__(256) weighted_probs_f16(
 // Grid (ceil(most queries of a sequence / rows), H, B), rows = 4 for each warp. Query i of q_cu_seqlens' N' is row
 // q_rows[i] of q; keys and values lie k_offset and v_offset behind the start of kv's rows. context: (N', D).
 // The last two letters: d up to 32, 64 or 128.
-extern "C" __global__ void __launch_bounds__(256) attention_context_f32_d32(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f32_d32(
     const float* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const float* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     float* context) {
     attention_context<float, 1>(q, q_stride, q_rows, q_cu_seqlens, kv, kv_stride, k_offset, v_offset, cu_seqlens, bias,
                                 width, heads, scale, context);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_context_f32_d64(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f32_d64(
     const float* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const float* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     float* context) {
     attention_context<float, 2>(q, q_stride, q_rows, q_cu_seqlens, kv, kv_stride, k_offset, v_offset, cu_seqlens, bias,
                                 width, heads, scale, context);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_context_f32_d128(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f32_d128(
     const float* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const float* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     float* context) {
     attention_context<float, 4>(q, q_stride, q_rows, q_cu_seqlens, kv, kv_stride, k_offset, v_offset, cu_seqlens, bias,
                                 width, heads, scale, context);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_context_f16_d32(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f16_d32(
     const __half* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const __half* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     __half* context) {
     attention_context<__half, 1>(q, q_stride, q_rows, q_cu_seqlens, kv, kv_stride, k_offset, v_offset, cu_seqlens,
                                  bias, width, heads, scale, context);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_context_f16_d64(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f16_d64(
     const __half* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const __half* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     __half* context) {
     attention_context<__half, 2>(q, q_stride, q_rows, q_cu_seqlens, kv, kv_stride, k_offset, v_offset, cu_seqlens,
                                  bias, width, heads, scale, context);
 }
-extern "C" __global__ void __launch_bounds__(256) attention_context_f16_d128(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_f16_d128(
     const __half* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const __half* kv, int kv_stride,
     int k_offset, int v_offset, const int* cu_seqlens, const float* bias, int width, int heads, float scale,
     __half* context) {

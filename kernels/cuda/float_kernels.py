@@ -13,20 +13,17 @@ from typing import Any
 import numpy as np
 
 from .. import blocks
-from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, TILE, Array, Geometry, Kernels
+from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, TILE, Array, Geometry, Kernels, pitch, rows_words
 
 HEAD_WIDTHS = (32, 64, 128)  # that the context kernels are made for; a head takes the next wider one
 SUFFIXES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16"}
 
 
 def longest_text(head_width: int) -> int:
-    """The most tokens whose attention fits in a block's shared memory, with one warp."""
-    return (BLOCK_SHARED_BYTES // 4 - _rows_words(1, head_width)) // (ROWS + 1)
-
-
-def _rows_words(warps: int, head_width: int) -> int:
-    """Of a block's queries and one tile of keys; rows lie an odd number of words apart."""
-    return (warps * ROWS + TILE) * (head_width | 1)
+    """The most tokens whose attention fits in a block's shared memory, with one warp; 0 for heads that are too wide."""
+    if head_width > HEAD_WIDTHS[-1]:
+        return 0
+    return (BLOCK_SHARED_BYTES // 4 - rows_words(1, head_width)) // (ROWS + 1)
 
 
 class FloatKernels(Kernels):
@@ -82,11 +79,11 @@ class FloatKernels(Kernels):
         d = D // heads
 
         def shared_bytes(warps: int) -> int:
-            return 4 * (_rows_words(warps, d) + (warps * ROWS + 1) * longest)
+            return 4 * (rows_words(warps, d) + (warps * ROWS + 1) * longest)
 
-        warps, grid = self.attention_warps(shared_bytes), (math.ceil(longest / QUERIES), heads, len(cu_seqlens) - 1)
+        shape = (longest, heads, len(cu_seqlens) - 1)
         arguments = (*arrays, N, D, heads, longest, 1 / math.sqrt(d), out_zhn)
-        self.launch(f"{name}_{self._suffix}", grid, warps, *arguments, shared_bytes=shared_bytes(warps))
+        self.on_heads(f"{name}_{self._suffix}", shape, shared_bytes, *arguments, queries_of_block=QUERIES)
 
     def attention_context(
         self,
@@ -106,18 +103,13 @@ class FloatKernels(Kernels):
         D, d = out.shape[1], out.shape[1] // heads
 
         def shared_bytes(warps: int) -> int:
-            return 4 * (_rows_words(warps, d) + TILE * (d | 1))
+            return 4 * (rows_words(warps, d) + TILE * pitch(d))
 
-        warps, made_for = self.attention_warps(shared_bytes), next(width for width in HEAD_WIDTHS if width >= d)
+        made_for = next(width for width in HEAD_WIDTHS if width >= d)
         queries = (q_array, q_array.shape[1], q_rows, q_bounds)
         keys = (kv_array, kv_array.shape[1], k_offset, v_offset, cu_seqlens)
-        self.launch(
-            f"attention_context_{self._suffix}_d{made_for}",
-            (math.ceil(most / (warps * ROWS)), heads, len(cu_seqlens) - 1),
-            warps,
-            *(*queries, *keys, bias, D, heads, 1 / math.sqrt(d), out),
-            shared_bytes=shared_bytes(warps),
-        )
+        name, shape = f"attention_context_{self._suffix}_d{made_for}", (most, heads, len(cu_seqlens) - 1)
+        self.on_heads(name, shape, shared_bytes, *queries, *keys, bias, D, heads, 1 / math.sqrt(d), out)
 
     def merged_context(
         self,

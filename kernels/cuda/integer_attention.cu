@@ -9,7 +9,12 @@
 // (some 32 T dp4a operations a second) 2 n^2 d operations for masses and as many for scores of the context; about 60 integer
 // instructions for each i-exp, n^2 and n n' of them, are the limit.
 //
-// Registers on sm_75: 56 to 64, no spill; dynamic shared memory aside, 100 % of a T4's threads or more are resident.
+// On a T4, for RoBERTa-base and texts of 32, 128 and 512 tokens (benchmarks/cuda_compile.py): registers, no spill;
+// threads of a block; kilobytes of its shared memory; resident threads in percent of 1,024.
+//   attention_context_i8: 70; 128; 5.9, 12.0, 36.6; 87.5, 62.5, 12.5
+//   attention_mass_i8: 55; 128; 6.1, 13.1, 40.7; 100, 62.5, 12.5
+//   merged_context_i8: 57; 64; 0.1, 0.5, 2.0; 100
+//   weighted_probs_i8: 72; 128; 6.1, 13.1, 40.7; 87.5, 62.5, 12.5
 
 namespace {
 
@@ -64,34 +69,65 @@ __device__ __forceinline__ int warp_max(int x) {
     return x;
 }
 
-// A head's row in shared memory: whole words of four, an odd number of them, so that 32 lanes meet no bank twice.
-__device__ __forceinline__ int words(int head_width) { return ((head_width + 3) / 4) | 1; }
+// A head's row in shared memory: whole words of four bytes, and of these whole fours, an odd number of them, so that eight
+// lanes, as many as are served at once, that read one four each meet no bank twice.
+__device__ __forceinline__ int fours(int head_width) { return (head_width + 15) / 16; }
+__device__ __forceinline__ int words(int head_width) { return 4 * (fours(head_width) | 1); }
 
-// `count` rows of one head, zeros behind their ends, by all threads of the block.
-__device__ void load_rows(const signed char* rows, int stride, int count, int head_width, int* tile) {
-    const int pitch = words(head_width);
-    for (int i = threadIdx.x; i < count * pitch; i += blockDim.x) {
-        const int row = i / pitch, c = 4 * (i % pitch);
-        const signed char* from = rows + static_cast<int64>(row) * stride + c;
-        unsigned packed = 0;
-        for (int k = 0; k < 4; ++k)
-            if (c + k < head_width) packed |= static_cast<unsigned>(static_cast<unsigned char>(from[k])) << (8 * k);
-        tile[row * pitch + i % pitch] = static_cast<int>(packed);
+struct Following {  // rows that lie one after another
+    const signed char* first;
+    int stride;
+    __device__ const signed char* operator()(int row) const { return first + static_cast<int64>(row) * stride; }
+};
+struct Listed {  // rows by their numbers
+    const signed char* first;
+    int stride;
+    const int* numbers;
+    __device__ const signed char* operator()(int row) const { return first + static_cast<int64>(numbers[row]) * stride; }
+};
+
+// `count` rows of one head, zeros behind their ends and in the rows from there to `room`, by all threads of the block.
+// at(row): its head. Where a head is 16 bytes, or a multiple, each begins at one.
+template <typename At>
+__device__ void load_rows(const At& at, int count, int room, int head_width, int* tile) {
+    for (int i = threadIdx.x; i < room * fours(head_width); i += blockDim.x) {
+        const int row = i / fours(head_width), c = 16 * (i % fours(head_width));
+        int4 x = make_int4(0, 0, 0, 0);
+        if (row < count && head_width % 16 == 0) {
+            x = *reinterpret_cast<const int4*>(at(row) + c);
+        } else if (row < count) {
+            const signed char* from = at(row);
+            const auto word = [&](int first) {
+                unsigned packed = 0;
+                for (int k = 0; k < 4; ++k)
+                    if (first + k < head_width)
+                        packed |= static_cast<unsigned>(static_cast<unsigned char>(from[first + k])) << (8 * k);
+                return static_cast<int>(packed);
+            };
+            x = make_int4(word(c), word(c + 4), word(c + 8), word(c + 12));
+        }
+        *reinterpret_cast<int4*>(tile + row * words(head_width) + c / 4) = x;
     }
 }
 
-__device__ __forceinline__ int dot(const int* a, const int* b, int count) {
-    int total = 0;
-    for (int i = 0; i < count; ++i) total = __dp4a(a[i], b[i], total);
-    return total;
-}
-
-// The scores of the warp's queries against the keys in `key`, one key a lane.
+// Scores of the warp's queries, those of ROWS rows, with the keys in `key`, one a lane.
 __device__ void score(const int* query, const int* key, int count, int keys, int k0, int head_width, int longest,
                       int* scores) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pitch = words(head_width);
-    for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, count); ++r)
-        if (lane < keys) scores[r * longest + k0 + lane] = dot(query + r * pitch, key + lane * pitch, pitch);
+    const int first = threadIdx.x / WARP * ROWS, lane = threadIdx.x % WARP, pitch = words(head_width);
+    if (lane >= keys) return;
+    int total[ROWS] = {};
+#pragma unroll 1
+    for (int c = 0; c < 4 * fours(head_width); c += 4) {
+        const int4 y = *reinterpret_cast<const int4*>(key + lane * pitch + c);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const int4 x = *reinterpret_cast<const int4*>(query + (first + r) * pitch + c);
+            total[r] = __dp4a(x.x, y.x, __dp4a(x.y, y.y, __dp4a(x.z, y.z, __dp4a(x.w, y.w, total[r]))));
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+        if (first + r < count) scores[(first + r) * longest + k0 + lane] = total[r];
 }
 
 // In place: a row of scores to probabilities that sum to 2^32 at most, by one warp.
@@ -122,27 +158,27 @@ struct Weighted {  // an 8-bit probability times its query's weight
     }
 };
 
-// Shared memory: columns (longest,) of 64 bits; queries (rows, words), keys (TILE, words), scores (rows, longest) of 32.
+// Shared memory: queries (rows, words), keys (TILE, words), columns (longest,) of 64 bits, scores (rows, longest) of 32.
 template <typename Value>
 __device__ void sum_columns(const signed char* qkv, const int* cu_seqlens, int tokens, int width, int heads, int longest,
                             const Exp& exp, Value value, int64* out_zhn) {
-    extern __shared__ int64 shared[];
+    extern __shared__ int4 shared[];
     const int d = width / heads, h = blockIdx.y, b = blockIdx.z, begin = cu_seqlens[b], n = cu_seqlens[b + 1] - begin;
     const int rows = blockDim.x / WARP * ROWS, warp = threadIdx.x / WARP;
     const int first = blockIdx.x * QUERIES, last = min(first + QUERIES, n);
     if (first >= n) return;
-    int64* columns = shared;
-    int* query = reinterpret_cast<int*>(columns + longest);
+    int* query = reinterpret_cast<int*>(shared);
     int* key = query + rows * words(d);
-    int* scores = key + TILE * words(d);
+    int64* columns = reinterpret_cast<int64*>(key + TILE * words(d));
+    int* scores = reinterpret_cast<int*>(columns + longest);
     const signed char* head = qkv + static_cast<int64>(begin) * 3 * width + h * d;
     for (int k = threadIdx.x; k < n; k += blockDim.x) columns[k] = 0;
     for (int q0 = first; q0 < last; q0 += rows) {
         const int count = min(rows, last - q0);
-        load_rows(head + static_cast<int64>(q0) * 3 * width, 3 * width, count, d, query);
+        load_rows(Following{head + static_cast<int64>(q0) * 3 * width, 3 * width}, count, rows, d, query);
         for (int k0 = 0; k0 < n; k0 += TILE) {
             const int keys = min(TILE, n - k0);
-            load_rows(head + static_cast<int64>(k0) * 3 * width + width, 3 * width, keys, d, key);
+            load_rows(Following{head + static_cast<int64>(k0) * 3 * width + width, 3 * width}, keys, keys, d, key);
             __syncthreads();  // queries and keys are there; whoever added up the scores before is done
             score(query, key, count, keys, k0, d, longest, scores);
             __syncthreads();  // before the next keys take their place; and the scores are there
@@ -164,11 +200,55 @@ __device__ __forceinline__ signed char to_8_bits(int64 sum, int multiplier, int 
     return static_cast<signed char>(clamped(rounded_shift(sum * multiplier, shift, 0), ACTIVATION_BITS));
 }
 
+// How much of a value a probability takes: its 8 upper bits.
+__device__ __forceinline__ int weight(const int* probs, int k) {
+    return static_cast<int>(static_cast<unsigned>(probs[k]) >> (SOFTMAX_BITS - PROB_BITS));
+}
+
+// P V of `rows` of the warp's queries, at most ROWS, whose probabilities lie `longest` apart; values `stride` apart from
+// `value` on. |probability| < 2^8, summing to 2^8 at most: sums are below 2^15. out: the first row's head.
+__device__ void add_values(const int* probs, int longest, int rows, int n, const signed char* value, int stride,
+                           int head_width, int width, int multiplier, int shift, signed char* out) {
+    const int lane = threadIdx.x % WARP, lanes = head_width / 4;
+    if (head_width % 4 == 0 && WARP % lanes == 0) {  // a lane takes four columns of each (32 / lanes)th value
+        const int c = 4 * (lane % lanes), apart = WARP / lanes;
+        int total[ROWS][4] = {};
+        for (int k = lane / lanes; k < n; k += apart) {
+            const char4 v = *reinterpret_cast<const char4*>(value + static_cast<int64>(k) * stride + c);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                if (r >= rows) continue;
+                const int p = weight(probs + r * longest, k);
+                total[r][0] += p * v.x, total[r][1] += p * v.y, total[r][2] += p * v.z, total[r][3] += p * v.w;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                for (int step = lanes; step < WARP; step *= 2)
+                    total[r][i] += __shfl_xor_sync(ALL, total[r][i], step);
+            if (r < rows && lane < lanes)
+                *reinterpret_cast<char4*>(out + static_cast<int64>(r) * width + c) =
+                    make_char4(to_8_bits(total[r][0], multiplier, shift), to_8_bits(total[r][1], multiplier, shift),
+                               to_8_bits(total[r][2], multiplier, shift), to_8_bits(total[r][3], multiplier, shift));
+        }
+    } else {
+        for (int c = lane; c < head_width; c += WARP)
+            for (int r = 0; r < rows; ++r) {
+                int total = 0;
+                for (int k = 0; k < n; ++k)
+                    total += weight(probs + r * longest, k) * value[static_cast<int64>(k) * stride + c];
+                out[static_cast<int64>(r) * width + c] = to_8_bits(total, multiplier, shift);
+            }
+    }
+}
+
 }  // namespace
 
 // Grid (Z of the longest sequence, H, B). qkv: (N, 3 D). mass_mask: the bits of a probability that count. mass_zhn:
 // (Z, H, N), of which a sequence writes its own columns in its own first ceil(n / 64) rows.
-extern "C" __global__ void __launch_bounds__(256) attention_mass_i8(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_mass_i8(
     const signed char* qkv, const int* cu_seqlens, int tokens, int width, int heads, int longest, int ln2, long long b,
     long long c, int exp_multiplier, int exp_shift, unsigned mass_mask, long long* mass_zhn) {
     sum_columns(qkv, cu_seqlens, tokens, width, heads, longest, Exp{ln2, b, c, exp_multiplier, exp_shift},
@@ -176,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_mass_i8(
 }
 
 // The same, of 8-bit probabilities times weights, (N,), of their queries.
-extern "C" __global__ void __launch_bounds__(256) weighted_probs_i8(
+extern "C" __global__ void __launch_bounds__(256, 3) weighted_probs_i8(
     const signed char* qkv, const int* cu_seqlens, const long long* weights, int tokens, int width, int heads,
     int longest, int ln2, long long b, long long c, int exp_multiplier, int exp_shift, long long* probs_zhn) {
     sum_columns(qkv, cu_seqlens, tokens, width, heads, longest, Exp{ln2, b, c, exp_multiplier, exp_shift},
@@ -186,48 +266,41 @@ extern "C" __global__ void __launch_bounds__(256) weighted_probs_i8(
 // Grid (ceil(most queries of a sequence / rows), H, B), rows = 4 for each warp. Query i of q_cu_seqlens' N' is row
 // q_rows[i] of q; keys and values lie k_offset and v_offset behind the start of kv's rows. context: (N', D) int8, by one
 // factor. Shared memory: queries (rows, words), keys (TILE, words), probabilities (rows, longest).
-extern "C" __global__ void __launch_bounds__(256) attention_context_i8(
+extern "C" __global__ void __launch_bounds__(256, 3) attention_context_i8(
     const signed char* q, int q_stride, const int* q_rows, const int* q_cu_seqlens, const signed char* kv,
     int kv_stride, int k_offset, int v_offset, const int* cu_seqlens, int width, int heads, int longest, int ln2,
     long long b, long long c, int exp_multiplier, int exp_shift, int multiplier, int shift, signed char* context) {
-    extern __shared__ int shared_words[];
+    extern __shared__ int4 shared[];
     const Exp exp{ln2, b, c, exp_multiplier, exp_shift};
     const int d = width / heads, h = blockIdx.y, sequence = blockIdx.z;
     const int begin = cu_seqlens[sequence], n = cu_seqlens[sequence + 1] - begin;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rows = blockDim.x / WARP * ROWS, pitch = words(d);
+    const int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * ROWS, pitch = words(d);
     const int first = q_cu_seqlens[sequence] + blockIdx.x * rows, last = min(first + rows, q_cu_seqlens[sequence + 1]);
     if (first >= last) return;
-    int* query = shared_words;
+    int* query = reinterpret_cast<int*>(shared);
     int* key = query + rows * pitch;
     int* probs = key + TILE * pitch;
-    for (int r = 0; r < last - first; ++r)
-        load_rows(q + static_cast<int64>(q_rows[first + r]) * q_stride + h * d, 0, 1, d, query + r * pitch);
+    load_rows(Listed{q + h * d, q_stride, q_rows + first}, last - first, rows, d, query);
     const signed char* head = kv + static_cast<int64>(begin) * kv_stride + h * d;
     for (int k0 = 0; k0 < n; k0 += TILE) {
         const int keys = min(TILE, n - k0);
-        load_rows(head + static_cast<int64>(k0) * kv_stride + k_offset, kv_stride, keys, d, key);
+        load_rows(Following{head + static_cast<int64>(k0) * kv_stride + k_offset, kv_stride}, keys, keys, d, key);
         __syncthreads();  // queries and keys are there
         score(query, key, last - first, keys, k0, d, longest, probs);
         __syncthreads();  // before the next keys take their place
     }
-    for (int r = warp * ROWS; r < min(warp * ROWS + ROWS, last - first); ++r) {
-        int* row = probs + r * longest;
-        i_softmax(row, n, exp);
-        __syncwarp();  // the row is there
-        for (int i = lane; i < d; i += WARP) {
-            int total = 0;  // |probability| < 2^8, summing to 2^8 at most: below 2^15
-            for (int k = 0; k < n; ++k)
-                total += static_cast<int>(static_cast<unsigned>(row[k]) >> (SOFTMAX_BITS - PROB_BITS)) *
-                         head[static_cast<int64>(k) * kv_stride + v_offset + i];
-            context[static_cast<int64>(first + r) * width + h * d + i] = to_8_bits(total, multiplier, shift);
-        }
-    }
+    const int mine = min(ROWS, last - first - warp * ROWS);  // queries of this warp; none if negative
+    int* row = probs + warp * ROWS * longest;
+    for (int r = 0; r < mine; ++r) i_softmax(row + r * longest, n, exp);
+    __syncwarp();  // the rows are there
+    add_values(row, longest, mine, n, head + v_offset, kv_stride, d, width, multiplier, shift,
+               context + static_cast<int64>(first + warp * ROWS) * width + h * d);
 }
 
 // The context of the row that stands for removed ones: its probabilities are their weighted mean, halves up. Grid (H, B).
 // probs_zhn: of `weighted_probs_i8`; total_weight: (B,); stand_in: (B,), the packed row of the sequence's, or -1; rank:
 // (N,), where a packed row goes. Writes row rank[stand_in[b]] of context. Shared memory: probabilities (longest,).
-extern "C" __global__ void __launch_bounds__(256) merged_context_i8(
+extern "C" __global__ void __launch_bounds__(256, 3) merged_context_i8(
     const long long* probs_zhn, const signed char* qkv, const int* cu_seqlens, const long long* total_weight,
     const int* stand_in, const int* rank, int tokens, int width, int heads, int multiplier, int shift,
     signed char* context) {

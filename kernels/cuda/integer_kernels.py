@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import blocks, integer
-from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, TILE, Array, Kernels
+from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, Array, Kernels, rows_words
 
 PRODUCT_TILE = 64  # rows and outputs of a block of `linear_i8`
 MOST_GRID = 65535  # of a grid's second dimension
@@ -77,13 +77,12 @@ def exp_numbers(exp: integer.Exp) -> tuple[int, int, int, int, int]:
 
 
 def longest_text(head_width: int) -> int:
-    """The most tokens whose attention fits in a block's shared memory, with one warp."""
+    """The most tokens whose attention fits in a block's shared memory, with one warp; 0 or less for too wide heads."""
     return (BLOCK_SHARED_BYTES - 4 * _rows_words(1, head_width)) // (4 * ROWS + 8)
 
 
 def _rows_words(warps: int, head_width: int) -> int:
-    """Of a block's queries and one tile of keys; rows lie an odd number of words of four bytes apart."""
-    return (warps * ROWS + TILE) * (math.ceil(head_width / 4) | 1)
+    return rows_words(warps, math.ceil(head_width / 4))  # four columns to a word
 
 
 class IntegerKernels(Kernels):
@@ -158,9 +157,8 @@ class IntegerKernels(Kernels):
         def shared_bytes(warps: int) -> int:
             return 4 * _rows_words(warps, D // heads) + (4 * warps * ROWS + 8) * longest
 
-        warps, grid = self.attention_warps(shared_bytes), (math.ceil(longest / QUERIES), heads, len(cu_seqlens) - 1)
-        arguments = (*arrays, N, D, heads, longest, *numbers, out_zhn)
-        self.launch(name, grid, warps, *arguments, shared_bytes=shared_bytes(warps))
+        shape, arguments = (longest, heads, len(cu_seqlens) - 1), (*arrays, N, D, heads, longest, *numbers, out_zhn)
+        self.on_heads(name, shape, shared_bytes, *arguments, queries_of_block=QUERIES)
 
     def attention_context(
         self,
@@ -180,16 +178,10 @@ class IntegerKernels(Kernels):
         def shared_bytes(warps: int) -> int:
             return 4 * _rows_words(warps, D // heads) + 4 * warps * ROWS * longest
 
-        warps = self.attention_warps(shared_bytes)
         queries = (q_array, q_array.shape[1], q_rows, q_bounds)
         keys = (kv_array, kv_array.shape[1], k_offset, v_offset, cu_seqlens)
-        self.launch(
-            "attention_context_i8",
-            (math.ceil(most / (warps * ROWS)), heads, len(cu_seqlens) - 1),
-            warps,
-            *(*queries, *keys, D, heads, longest, *exp_numbers(exp), *factor, out),
-            shared_bytes=shared_bytes(warps),
-        )
+        arguments = (*queries, *keys, D, heads, longest, *exp_numbers(exp), *factor, out)
+        self.on_heads("attention_context_i8", (most, heads, len(cu_seqlens) - 1), shared_bytes, *arguments)
 
     def merged_context(
         self,

@@ -40,10 +40,16 @@ def forward(model_address, batch_address, work_address, thread, threads):
     local = work.local + thread * work.local_bytes
     own = local + keys_bytes(batch.longest, model.head_width) + 4 * batch.longest * model.head_width
     bounds, after = view(own, B + 1, np.int64), view(own + 8 * (B + 1), B + 1, np.int64)
-    copy(own, batch.cu_seqlens, 8 * (B + 1))
     scratch = own + 16 * (B + 1)
-    embed(model, batch, work, thread, threads)
-    for layer in range(model.layers):
+    if batch.begin:
+        copy(own, batch.begin_bounds, 8 * (B + 1))
+        take_up(model, batch, work, bounds[B], thread, threads)
+    else:
+        copy(own, batch.cu_seqlens, 8 * (B + 1))
+        embed(model, batch, work, thread, threads)
+    for layer in range(batch.begin, model.layers):
+        if batch.entering:
+            copy_rows(model, work, view(batch.entering, layer + 1, np.int64)[layer], bounds[B], thread, threads)
         last = batch.first_row_only and layer == model.layers - 1
         if last:
             first_row_layer(model, layer, batch, work, bounds, after, local, scratch, thread, threads)
@@ -55,8 +61,7 @@ def forward(model_address, batch_address, work_address, thread, threads):
             for b in range(B):
                 n_attention[b], n_ffn[b] = bounds[b + 1] - bounds[b], after[b + 1] - after[b]
         copy(own, own + 8 * (B + 1), 8 * (B + 1))
-    if batch.rows:
-        copy_last_rows(model, batch, work, bounds[B], thread, threads)
+    copy_rows(model, work, batch.rows, bounds[B], thread, threads)
     if batch.logits:
         classify(model, batch, work, bounds, thread, threads)
 
@@ -79,6 +84,16 @@ def embed(model, batch, work, thread, threads):
             product(work.hidden, 0, rows, model.project, begin, end, out, work.x.stride, 0)
             wait(work, threads)
     begin, end = share(batch.tokens, thread, threads)
+    quantize_rows(model, work.x, begin, end, model.width)
+    wait(work, threads)
+
+
+@compiled
+def take_up(model, batch, work, count, thread, threads):
+    """The rows that enter layer number batch.begin, which an earlier run computed."""
+    begin, end = share(count, thread, threads)
+    for row in range(begin, end):
+        copy(work.x.floats + row * work.x.stride, batch.begin_rows + 4 * row * model.width, 4 * model.width)
     quantize_rows(model, work.x, begin, end, model.width)
     wait(work, threads)
 
@@ -364,11 +379,12 @@ def gather_first(model, work, bounds, begin, end):
 
 
 @compiled
-def copy_last_rows(model, batch, work, count, thread, threads):
-    """What the last layer leaves in work.x, (count, D) float32."""
+def copy_rows(model, work, out, count, thread, threads):
+    """What a layer left in work.x, (count, D) float32, to the address `out` unless it is 0."""
     begin, end = share(count, thread, threads)
-    for row in range(begin, end):
-        copy(batch.rows + 4 * row * model.width, work.x.floats + row * work.x.stride, 4 * model.width)
+    if out:
+        for row in range(begin, end):
+            copy(out + 4 * row * model.width, work.x.floats + row * work.x.stride, 4 * model.width)
 
 
 @compiled

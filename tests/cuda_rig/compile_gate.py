@@ -1,7 +1,6 @@
 """What NVIDIA's compiler makes of a source, for cards that are not there: registers, spills, opcodes, occupancy.
 
-NVRTC of CUDA 12 and 13 and nvdisasm come from pip packages (nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12,
-nvidia-cuda-nvrtc, -runtime and -crt, nvidia-cuda-nvdisasm); neither needs a driver.
+NVRTC of CUDA 12 and 13 and nvdisasm come from pip packages (PACKAGES); neither needs a driver.
 """
 
 from __future__ import annotations
@@ -22,12 +21,17 @@ COMPILERS = {
     12: ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include"),
     13: ("cu13/lib/libnvrtc.so.13", "cu13/include"),
 }
+PACKAGES = {
+    12: "nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvdisasm",
+    13: "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm",
+}
 OPTIONS = ("-std=c++17", "--fmad=false", "--ptxas-options=-v", "-default-device")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _SECTION = re.compile(r"\.text\.(\w+)")
+_MOVE = re.compile(r"HFMA2\S* R\d+, -?RZ, -?RZ,")  # zero times zero and a constant: how the compiler writes constants
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 
 
@@ -52,7 +56,7 @@ def missing(cuda: int) -> str | None:
     library, headers = COMPILERS[cuda]
     for part in (library, f"{headers}/cuda_fp16.h", "cu13/bin/nvdisasm"):
         if _find(part) is None:
-            return f"needs {part} of NVIDIA's packages: pip install '.[cuda-rig]'"
+            return f"needs {part}: pip install {PACKAGES[cuda]}"
     return None
 
 
@@ -121,7 +125,7 @@ def _opcodes(cubin: bytes) -> dict[str, Counter[str]]:
         if ".section" in line and (section := _SECTION.search(line)):
             current = found.setdefault(section[1], Counter())
         elif opcode := _OPCODE.search(line):
-            current[opcode[1]] += 1
+            current["MOV.HFMA2" if _MOVE.search(line) else opcode[1]] += 1
     return found
 
 

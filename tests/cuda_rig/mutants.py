@@ -3,8 +3,9 @@
     python -m cuda_rig.mutants --out FILE --command "pytest -x ..." SOURCE.cu...
 
 The command runs once for each mutant, with CUDA_RIG_MUTANT set to a file that has the source's name and the mutant's
-text; the tests must compile that one. A mutant is killed when the command fails, or takes too long. First the command
-has to pass on the source as it is, or everything would count as killed.
+text; the tests must compile that one. First the command has to pass on the source as it is, or everything would count
+as killed. A mutant is killed by a report of the checker, by a failed assertion, by a crash or by an endless loop. The
+result counts these apart, and lists those that died of anything else: that may be an error of the tests, no verdict.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from . import simt
 
 VARIABLE = "CUDA_RIG_MUTANT"
 # What is done -> where, and what stands there afterwards.
@@ -29,10 +36,16 @@ MUTATIONS = {
     "no block barrier": (r"__syncthreads\(\);", ";"),
     "no warp barrier": (r"__syncwarp\(\);", ";"),
     "no early return": (r"if \([^;{}]*\) return;", ";"),
+    "no guard": (r"if \([^()]*<[^()]*\)(?! return)", "if (true)"),
     "a bound one too high": (r"(?<=[\w\])] )< (?=[\w(])", "<= "),
     "every thread, not the first": (r"if \((?:lane|threadIdx\.x) == 0\)", "if (true)"),
     "a plain addition, not an atomic one": (r"atomicAdd\(([^,]+), ([^)]+)\)", r"(*(\1) += \2)"),
 }
+
+SURVIVED, INVALID = "survived", "does not compile"
+# Of a command that failed: outcome -> what its output holds, the first that fits.
+EVIDENCE = {"the checker's report": r"the checker found", "a failed assertion": r"AssertionError"}
+CRASH, TOO_LONG, OTHER = "a crash", "too long", "another error"
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,15 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
+    """outcome: SURVIVED, INVALID, or what killed it; said: the end of the output of those that another error killed."""
+
     source: str
     line: int
     mutation: str
     before: str
     after: str
-    killed: bool
+    outcome: str
+    said: str = ""
 
 
 def mutants(source: Path, mutations: Sequence[str] = tuple(MUTATIONS)) -> Iterator[Mutant]:
@@ -77,18 +93,50 @@ def unchanged(source: Path) -> Mutant:
 
 
 def judge(mutant: Mutant, command: Sequence[str], limit_s: float) -> Verdict:
-    """Run the tests on one mutant."""
+    """Run the tests on one mutant. SystemExit where it is the command that went wrong."""
+    facts = asdict(mutant)
+    del facts["text"]
+    try:
+        simt.compile(mutant.text, checked=True)
+    except simt.RigError:
+        return Verdict(**facts, outcome=INVALID)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, mutant.source)
         path.write_text(mutant.text, encoding="utf-8")
+        environment = os.environ | {VARIABLE: str(path)}
         try:
-            environment = os.environ | {VARIABLE: str(path)}
-            code = subprocess.run(command, env=environment, capture_output=True, timeout=limit_s).returncode
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
         except subprocess.TimeoutExpired:
-            code = -1
-    facts = asdict(mutant)
-    del facts["text"]
-    return Verdict(**facts, killed=code != 0)
+            return Verdict(**facts, outcome=TOO_LONG)
+    if done.returncode > 1:  # pytest's 2 to 5: nothing collected, or an import that failed
+        raise SystemExit(f"{shlex.join(command)} gave {done.returncode}, which is no verdict:\n{done.stdout[-2000:]}")
+    outcome = _outcome(done)
+    return Verdict(**facts, outcome=outcome, said=done.stdout[-400:] if outcome == OTHER else "")
+
+
+def _outcome(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode == 0:
+        return SURVIVED
+    if done.returncode < 0:
+        return CRASH
+    return next((name for name, pattern in EVIDENCE.items() if re.search(pattern, done.stdout)), OTHER)
+
+
+def result(verdicts: Sequence[Verdict], mutations: Sequence[str]) -> dict[str, Any]:
+    """What is written down: how many died of what, and each of those that lived or died of another error."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    valid = [verdict for verdict in verdicts if verdict.outcome != INVALID]
+    return {
+        "date": date.today().isoformat(),
+        "machine": platform.platform(),
+        "compiler": compiler,
+        "mutations": list(mutations),
+        "mutants": len(valid),
+        "not compiling": len(verdicts) - len(valid),
+        "outcomes": dict(sorted(Counter(verdict.outcome for verdict in valid).items())),
+        "survivors": [asdict(verdict) for verdict in valid if verdict.outcome == SURVIVED],
+        "other errors": [asdict(verdict) for verdict in valid if verdict.outcome == OTHER],
+    }
 
 
 def main() -> None:
@@ -97,28 +145,25 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="the tests; {stem} becomes the source's name without .cu")
     parser.add_argument("--only", action="append", choices=MUTATIONS, help="these mutations; default: all")
     parser.add_argument("--limit-s", type=float, default=300)
+    parser.add_argument("--jobs", type=int, default=2, help="so many at a time")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     verdicts: list[Verdict] = []
+    mutations, pool = options.only or [*MUTATIONS], ThreadPoolExecutor(options.jobs)
     for source in options.sources:
         command = shlex.split(options.command.replace("{stem}", source.stem))
-        if judge(unchanged(source), command, options.limit_s).killed:
+        if judge(unchanged(source), command, options.limit_s).outcome != SURVIVED:
             raise SystemExit(
                 f"{source}: the tests fail or select nothing before anything is changed: {shlex.join(command)}"
             )
-        for mutant in mutants(source, options.only or tuple(MUTATIONS)):
-            verdicts.append(judge(mutant, command, options.limit_s))
-            last = verdicts[-1]
-            if not last.killed:
-                print(f"survived: {last.source}:{last.line}, {last.mutation}: {last.after}", file=sys.stderr)
-    survivors = [asdict(verdict) for verdict in verdicts if not verdict.killed]
-    partial = options.out.with_suffix(".partial")
-    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    facts = {"date": date.today().isoformat(), "machine": platform.platform(), "compiler": compiler}
-    found = {"mutations": options.only or [*MUTATIONS], "mutants": len(verdicts), "survivors": survivors}
-    partial.write_text(json.dumps(facts | found, indent=2) + "\n")
-    os.replace(partial, options.out)
-    print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutants were killed")
+        judging = partial(judge, command=command, limit_s=options.limit_s)
+        for last in pool.map(judging, mutants(source, mutations)):
+            verdicts.append(last)
+            print(f"{last.outcome}: {last.source}:{last.line}, {last.mutation}: {last.after}", file=sys.stderr)
+    found, unfinished = result(verdicts, mutations), options.out.with_suffix(".partial")
+    unfinished.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(unfinished, options.out)
+    print(f"{found['mutants'] - len(found['survivors'])} of {found['mutants']} mutants were killed")
 
 
 if __name__ == "__main__":

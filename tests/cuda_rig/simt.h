@@ -19,7 +19,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __shared__ thread_local
+#define __shared__ __constinit thread_local  // or arrays of vectors get a guard, which every access reads
 
 // Bytes that one dynamic shared array can have: what a block of a Tesla T4 can ask for.
 #define SIMT_DYNAMIC_BYTES 65536

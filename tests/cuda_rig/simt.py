@@ -246,6 +246,20 @@ def _added(text: str) -> str:
     return "\n".join(lines)
 
 
+def _static_bytes(text: str, path: Path) -> dict[str, int]:
+    """By the built source's symbols: a kernel's own arrays, and those of all other functions, as if it called them."""
+    own, others = dict.fromkeys(parse(text), 0), 0
+    dynamic = {"simt_touched", *(name for _, name, _ in _dynamic_arrays(text))}
+    symbols = subprocess.run(["readelf", "-sWC", str(path)], capture_output=True, text=True, check=True).stdout
+    for size, name in set(re.findall(r"\w+: \w+ +(\w+) TLS +\w+ +\w+ +\d+ (.+)$", symbols, re.MULTILINE)):
+        function, _, array = name.rpartition("::")
+        if function in own:
+            own[function] += int(size, 0)
+        elif array not in dynamic:
+            others += int(size, 0)
+    return {kernel: mine + others for kernel, mine in own.items()}
+
+
 def _types(text: str, kernel: str) -> list[str]:
     """The parameters' types as the source has them."""
     parameters = dict(_KERNEL.findall(_COMMENT.sub(" ", text)))[kernel]
@@ -274,11 +288,15 @@ def _dynamic_arrays(text: str) -> list[tuple[str, str, bool]]:
 
 
 class Module:
-    """A built source. kernels: name -> parameters; checked: whether the checker sees its accesses."""
+    """A built source. kernels: name -> parameters; checked: whether the checker sees its accesses.
+
+    static_bytes: kernel -> of the shared arrays whose size the source declares.
+    """
 
     def __init__(self, text: str, path: Path, checked: bool):
         self.kernels, self.checked, self._path, self._lines = parse(text), checked, path, text.splitlines()
         self._library = ctypes.CDLL(str(path))
+        self.static_bytes = _static_bytes(text, path)
         self._most_threads = {name: int(most) for most, name in _BOUNDS.findall(_COMMENT.sub(" ", text))}
 
     def launch(
@@ -309,8 +327,9 @@ class Module:
         threads, most = math.prod(shape[1]), self._most_threads.get(name, MOST_THREADS)
         if threads > most:
             raise RigError(f"{name}: a block has 1 to {most} threads, found {threads}")
-        if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
-            raise RigError(f"{name}: {shared_bytes} bytes of shared memory, a block has {MOST_SHARED_BYTES}")
+        static = self.static_bytes[name]
+        if shared_bytes < 0 or static + shared_bytes > MOST_SHARED_BYTES:
+            raise RigError(f"{name}: {static} + {shared_bytes} bytes of shared memory, a block has {MOST_SHARED_BYTES}")
         if schedule not in SCHEDULES:
             raise RigError(f"there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
         with _ONE_AT_A_TIME:
