@@ -100,10 +100,11 @@ class NumpyEngine:
     def needs(self, load: Load) -> Needs:
         """For every caller the widest activations of its whole batch, and the probabilities of one text.
 
-        At the activation function four arrays of F columns live at once, beside six of D; a softmax has three.
+        Inside the exact GELU, the hungriest activation function, seven arrays of F columns live at once, beside eight
+        of D; a softmax has three.
         """
         config = self.config
-        rows = 4 * load.tokens * (4 * config.inner + 6 * config.width)
+        rows = 4 * load.tokens * (7 * config.inner + 8 * config.width)
         probs = 3 * 4 * config.heads * load.longest**2
         return Needs(held(vars(self)), load.callers * max(rows, probs), 0)
 
