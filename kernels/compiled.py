@@ -71,10 +71,8 @@ def cache_folder() -> Path:
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    if not base:
-        home = os.path.expanduser("~")
-        base = Path(os.devnull, "no home") if home == "~" else Path(home, ".cache")
-    return Path(base, "minilpt")
+    home = os.path.expanduser("~")
+    return Path(base or (Path(os.devnull, "no home") if home == "~" else Path(home, ".cache")), "minilpt")
 
 
 def part_of(operation: int) -> str:
