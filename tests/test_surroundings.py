@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import minilpt
-from minilpt.kernels import compiled
+from minilpt.kernels import compiled, isa
 
 pytest.importorskip("numba", reason="compiled kernels need numba")
 
@@ -20,7 +19,7 @@ HERE = Path(minilpt.__file__).resolve().parents[1]
 PREDICT = """
 import sys, types, warnings
 from pathlib import Path
-code = Path(sys.argv[1]).read_bytes()[32:]
+code = Path(sys.argv[1]).read_bytes()
 sys.modules["minilpt.kernels.jit.build"] = types.SimpleNamespace(build=lambda part: code)
 import minilpt
 with warnings.catch_warnings(record=True) as caught:
@@ -46,29 +45,32 @@ KEPT = "positive\n[]\n"
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The object file with its digest, where every user may read it."""
-    copy = tmp_path_factory.mktemp("code") / "float.bin"
-    shutil.copyfile(compiled.warm_up(), copy)
-    return copy
+    """The kernels' object code."""
+    compiled.warm_up()
+    file, content = tmp_path_factory.mktemp("code") / "float", compiled.stored(isa.chosen(), "float")
+    assert content is not None
+    file.write_bytes(content)
+    return file
 
 
 def predict(
-    code: Path, *prefix: str, work: Path | None = None, program: str = PREDICT, **variables: str | None
+    code: Path, *prefix: str, work: Path | None = None, **variables: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program behind the prefix, in the folder `work`, with variables set, or taken away where None."""
+    """Run PREDICT behind the prefix, in the folder `work`, with variables set, or taken away where None."""
     without = {compiled.CACHE_VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA", *variables}
     environment = {name: value for name, value in os.environ.items() if name not in without}
     environment |= {name: value for name, value in variables.items() if value is not None}
-    command = [*prefix, sys.executable, "-B", "-c", program, str(code)]
+    command = [*prefix, sys.executable, "-B", "-c", PREDICT, str(code)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=work)
 
 
 @pytest.fixture(scope="module")
-def mounts() -> list[str]:
+def mounts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The start of a command in a mount namespace of its own: a shell script, its arguments and $@ follow."""
     start = ["unshare", *(() if os.geteuid() == 0 else ("--map-root-user",)), "--mount", "sh", "-ec"]
     try:
-        probe = subprocess.run([*start, "mount -t tmpfs none /mnt"], capture_output=True, text=True, timeout=60)
+        script = f"mount -t tmpfs none /mnt\n{read_only(tmp_path_factory.mktemp('probe'))}"
+        probe = subprocess.run([*start, script, "sh", "true"], capture_output=True, text=True, timeout=60)
     except OSError as error:
         pytest.skip(f"no mount namespaces: {error}")
     if probe.returncode:
