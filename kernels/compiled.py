@@ -62,12 +62,17 @@ def yield_address() -> int:
 
 
 def cache_folder() -> Path:
-    """Where object files are kept: MINILPT_CACHE_DIR, else `minilpt` in the user's cache folder."""
+    """Where object files are kept: MINILPT_CACHE_DIR, else `minilpt` in the user's cache folder.
+
+    A user without a home, as a container's number may be, has a path where nothing can be: no folder `~` appears in the
+    working folder, and no code is loaded from a place that others write to.
+    """
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "minilpt"
+    home = os.path.expanduser("~")
+    return Path(base or (Path(os.devnull, "no home") if home == "~" else Path(home, ".cache")), "minilpt")
 
 
 def part_of(operation: int) -> str:

@@ -27,6 +27,7 @@ from .errors import (
 )
 from .explanation import Explanation, Token
 from .finite import not_finite
+from .footprint import Footprint, Load, process_bytes
 from .pruning import Pruning
 from .ragged import TokenBatch
 from .text import Encoded, TextEncoder, TextOrPair
@@ -123,6 +124,21 @@ class Classifier:
     def text_encoder(self) -> TextEncoder:
         """The folder's tokenizer under the model's limits. Raises TokenizerError if there is none."""
         return self._text_encoder()
+
+    def memory(self, *, batch_tokens: int = BATCH_TOKENS, longest: int | None = None, callers: int = 1) -> Footprint:
+        """The peak memory of this process, in bytes, under such a load; `Footprint.peak` is the sum.
+
+        batch_tokens: as `predict` gets it. longest: tokens of the longest text, the model's limit if None. callers:
+        threads that use the model at once. The texts and predictions that the program keeps come on top. Raises
+        InputError for anything but positive integers, BackendError on a GPU.
+        """
+        for name, value in {"batch_tokens": batch_tokens, "longest": longest, "callers": callers}.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InputError(f"{name} must be a positive integer, found {value!r}")
+        most = self.config.max_tokens
+        needs = self._engine.needs(Load(batch_tokens, min(longest or most, most), callers))
+        process = process_bytes(self.folder, needs.weights.memory + needs.scratch_now)
+        return Footprint(*needs.weights, needs.scratch, process)
 
     def close(self) -> None:
         """End the model's threads and free its scratch memory, also those of models that share its weights.

@@ -21,6 +21,7 @@ from . import ragged
 from .backends import Backend
 from .config import ModelConfig
 from .engine import Forward, LastRows, Prefix, Traced, outcome
+from .footprint import Held, Load, Needs
 from .kernels import blocks, compiled
 from .pruning import KeepRule
 from .ragged import TokenBatch
@@ -32,6 +33,9 @@ Int32 = NDArray[np.int32]
 ITEM_TOKENS = 1024  # that one thread takes at a time: every item reads all weights once
 ZEROS_BYTES = 512  # what sums without a bias start with: one panel's columns, and more
 TEAM_TOKENS = 128  # per thread: smaller batches are computed by all threads together, one panel each
+
+SHORTEST = 2  # tokens: a text without any has its special ones
+BATCH_BYTES = 32  # of a token outside the workspace: ids, positions and segments, in the batch and in an item
 
 
 class Shape(NamedTuple):
@@ -85,6 +89,9 @@ class Program(Protocol):
 
     def logits(self, raw: NDArray[Any], last: NDArray[np.int32]) -> Float32:
         """(B, labels) float32 of the kernels' results; last: (B, last_width)."""
+
+    def held(self) -> Held:
+        """All of its arrays."""
 
     def masses(self, raw: NDArray[Any]) -> Float32:
         """(n,) float32, summing to n, of the kernels' results."""
@@ -153,10 +160,31 @@ class CompiledEngine:
         rows = [item.rows[: n.sum()] for item, n in zip(items, lengths, strict=True)]
         return LastRows(np.concatenate(rows), ragged.boundaries(np.concatenate(lengths)))
 
+    def needs(self, load: Load) -> Needs:
+        """A workspace for each thread of the team and one for every further caller, each grown to the largest."""
+        threads, pruned = self._threads.count, self._prunes()
+        team = max(load.longest, min(load.tokens, threads * TEAM_TOKENS))
+        item = min(load.tokens, load.longest + load.tokens // self._item_count(load.tokens))
+        sizes = []
+        for tokens, workers in ((team, threads), (item, 1)):
+            memory = Memory(0)  # laid out, never touched
+            self.program.work(memory, Shape(tokens, tokens // SHORTEST, load.longest, workers, pruned))
+            sizes.append(memory.used)
+        scratch = (threads + load.callers - 1) * max(sizes) + load.callers * load.tokens * BATCH_BYTES
+        return Needs(self.program.held(), scratch, sum(each.size_bytes for each in self._free))
+
     def close(self) -> None:
         """End the threads and free the scratch memory. They come again if the engine is used again."""
         self._threads.close()
         self._free.clear()
+
+    def _item_count(self, tokens: int) -> int:
+        """Into how many items the threads divide a batch."""
+        return self._threads.count * math.ceil(tokens / (self._threads.count * ITEM_TOKENS))
+
+    def _prunes(self) -> bool:
+        """Whether any layer has a rule."""
+        return bool((self._rules.records["kind"] != blocks.KEEP_ALL).any())
 
     def _run_items(self, batch: TokenBatch, wanted: Wanted) -> list[_Item]:
         """The batch as work items, in order, one at least, with their results."""
@@ -171,15 +199,14 @@ class CompiledEngine:
             items = [item(0, B)]
             self._run_item(items[0], together=True)
         else:
-            count = threads * math.ceil(tokens / (threads * ITEM_TOKENS))
-            items = [item(*bounds) for bounds in _split(batch.cu_seqlens, count)]
+            items = [item(*bounds) for bounds in _split(batch.cu_seqlens, self._item_count(tokens))]
             self._threads.each(partial(self._run_item, item, together=False) for item in items)
         return items
 
     def _run_item(self, item: _Item, together: bool) -> None:
         """Fill the item's results, by all threads together or by this one alone."""
         threads = self._threads.count if together else 1
-        pruned = bool(item.masses.size or (self._rules.records["kind"] != blocks.KEEP_ALL).any())
+        pruned = bool(item.masses.size or self._prunes())
         try:
             workspace = self._free.pop()
         except IndexError:
@@ -334,6 +361,11 @@ class _Workspace:
         self._memory = compiled.aligned(0)
         self._shape: Shape | None = None  # that self._work is laid out for
         self._work = np.zeros(0, blocks.WORK)
+
+    @property
+    def size_bytes(self) -> int:
+        """So far."""
+        return len(self._memory)
 
     def record(self, program: Program, batch: TokenBatch, threads: int, pruned: bool) -> NDArray[np.void]:
         """The program's record for this batch."""

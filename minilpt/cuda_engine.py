@@ -31,6 +31,7 @@ from .config import ModelConfig
 from .cuda_device import CudaDevice, compile_kernels, loading, out_of_memory
 from .engine import Forward, LastRows, Prefix, outcome
 from .errors import BackendError, InputError
+from .footprint import Load, Needs
 from .kernels import blocks
 from .kernels.cuda import MOST_WIDTH, QUERIES, Array, Kernels
 from .pruning import KeepRule, Step
@@ -217,6 +218,10 @@ class CudaEngine:
             return LastRows(np.zeros((0, self.config.width), np.float32), batch.cu_seqlens)
         with self._run(batch, first_row_only=first_only, trace=False) as run:
             return run.last_rows()
+
+    def needs(self, load: Load) -> Needs:
+        """Raises BackendError: most of it is the card's."""
+        raise BackendError("memory() tells the host's memory, for device \"cpu\"; nvidia-smi tells a card's")
 
     def close(self) -> None:
         """Nothing to end: CuPy keeps the card's memory for all engines."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import pruning
 from .backends import Backend
 from .config import ModelConfig
+from .footprint import Load, Needs
 from .pruning import KeepRule
 from .ragged import TokenBatch
 
@@ -95,6 +96,9 @@ class Engine(Protocol):
 
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
+
+    def needs(self, load: Load) -> Needs:
+        """The memory for it. Raises BackendError where that is not the host's."""
 
     def close(self) -> None:
         """End its threads and free its scratch memory. They come again if it is used again."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .compiled_engine import Memory, Rules, Shape, filled
 from .config import ModelConfig
+from .footprint import Held, held
 from .kernels import blocks, compiled, isa, packing
 from .kernels.packing import Packed
 from .pruning import KeepRule, Step
@@ -80,6 +81,10 @@ class FloatProgram:
             )
             layer["inner"], layer["outer"] = self._matrix(f"{at}inner", int8), self._matrix(f"{at}outer", int8)
         del self._weights  # packed: the originals may go
+
+    def held(self) -> Held:
+        """All of its arrays."""
+        return held(self._arrays)
 
     def _keep(self, array: NDArray[Any]) -> int:
         """The array's address, for as long as this model lives."""

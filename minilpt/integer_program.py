@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import reference
 from .compiled_engine import Memory, Rules, Shape, filled
 from .config import ModelConfig
+from .footprint import Held, held
 from .integer_model import IntegerModel, Layer, Linear, Table, largest_sums, load_integer_model
 from .integer_rules import IntegerRule, integer_rule
 from .kernels import blocks, compiled, compiled_integer, isa, packing
@@ -113,6 +114,10 @@ class IntegerProgram:
     def masses(self, raw: Int) -> Float32:
         """(n,) averaged over heads."""
         return (raw / (self._config.heads << SOFTMAX_BITS)).astype(np.float32)
+
+    def held(self) -> Held:
+        """All of its arrays, and of the model that they were packed from."""
+        return held([self._arrays, self.model, self._float_head])
 
     def _keep(self, array: NDArray[Any]) -> int:
         """The array's address, for as long as this model lives."""

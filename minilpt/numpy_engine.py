@@ -17,6 +17,7 @@ from . import ragged
 from .backends import Backend
 from .config import ModelConfig
 from .engine import Forward, LastRows, Prefix, Traced, outcome
+from .footprint import Load, Needs, held
 from .kernels import NUMPY
 from .pruning import KeepRule
 from .ragged import TokenBatch
@@ -95,6 +96,17 @@ class NumpyEngine:
     def last_rows(self, batch: TokenBatch, *, first_only: bool) -> LastRows:
         """Run the layers without the head: the rows that the last one's rule keeps, or row 0 of each sequence only."""
         return self._encode(batch, first_row_only=first_only, traced=None)[0]
+
+    def needs(self, load: Load) -> Needs:
+        """For every caller the widest activations of its whole batch, and the probabilities of one text.
+
+        Inside the exact GELU, the hungriest activation function, seven arrays of F columns live at once, beside eight
+        of D; a softmax has three.
+        """
+        config = self.config
+        rows = 4 * load.tokens * (7 * config.inner + 8 * config.width)
+        probs = 3 * 4 * config.heads * load.longest**2
+        return Needs(held(vars(self)), load.callers * max(rows, probs), 0)
 
     def close(self) -> None:
         """Nothing to end: BLAS's threads are the process's."""

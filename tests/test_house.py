@@ -21,7 +21,7 @@ ROOMS = {"minilpt": ROOT / "minilpt", "minilpt.kernels": ROOT / "kernels", "mini
 # From the ground up. A module imports only from rows before its own.
 FLOORS = (
     ("errors",),
-    tuple("batching config cuda_device explanation files kernels quantize ragged threads truncation".split()),
+    tuple("batching config cuda_device explanation files footprint kernels quantize ragged threads truncation".split()),
     ("weights", "pruning", "text", "embeddings"),
     ("backends", "batches", "reference", "records", "scales", "integer_rules"),
     ("tasks", "integer_model", "finite"),
