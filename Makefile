@@ -3,7 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types cuda-compile cuda-mutants cuda-rig gpu clean
+.PHONY: demo test lint types cuda-compile cuda-mutants cuda-rig gpu lock wheel sbom oldest newest portable clean
+
+# Of the packages that serve this file only; tests and builds have theirs from pyproject.toml and .ci/locked.txt.
+UV := uv==0.13.9
+CYCLONEDX := cyclonedx-bom==7.5.0
+
+# Tests whose oracle is PyTorch, or whose subject no version of a package and no instruction set changes.
+TORCH_TESTS := cuda_equivalence equivalence golden rank
+WITHOUT_TORCH := $(TORCH_TESTS:%=--ignore=tests/test_%.py) --ignore-glob='tests/test_cuda_*'
 
 demo: $(VENV)/.installed
 	$(BIN)/minilpt predict --format table \
@@ -30,9 +38,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet "setuptools>=77" --editable '.[test,lint]'
-	touch $@
+# First what is locked, then what is left: PyTorch, of which each platform has another build.
+$(VENV)/.installed-test: pyproject.toml .ci/locked.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement .ci/locked.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $(VENV)/.installed $@
 
 # What `make test` leaves out of the CUDA rig: NVIDIA's compiler (150 MB of packages), and the mutants (half an hour).
 cuda-rig: cuda-compile cuda-mutants
@@ -54,6 +65,40 @@ gpu: $(VENV)/.installed-test
 $(VENV)/.installed-cuda-rig: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[cuda-rig]'
 	touch $@
+
+# Without torch, which the override takes out together with what it needs.
+lock: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet $(UV)
+	echo "torch; sys_platform == 'none'" | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-package torch --no-annotate \
+		--custom-compile-command "make lock" --override - --extra test --extra lint \
+		--output-file .ci/locked.txt pyproject.toml
+
+wheel: $(VENV)/.installed-test
+	.ci/wheel $(BIN)/python dist
+
+# What a user of the wheel gets, with versions and licences.
+sbom: wheel
+	rm -rf build/sbom
+	$(PYTHON) -m venv build/sbom/tool
+	build/sbom/tool/bin/python -m pip install --quiet $(CYCLONEDX)
+	$(PYTHON) -m venv --without-pip build/sbom/user
+	$(BIN)/python -m pip --python build/sbom/user/bin/python install --quiet dist/minilpt-*.whl
+	build/sbom/tool/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/minilpt.cdx.json build/sbom/user/bin/python
+
+# The lower bounds of pyproject.toml themselves, and whatever is newest today: make oldest PYTHON=python3.10
+oldest: RESOLUTION := --resolution lowest-direct
+newest: RESOLUTION := --upgrade
+oldest newest:
+	rm -rf build/$@
+	$(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet $(UV)
+	build/$@/bin/uv pip install --python build/$@/bin/python $(RESOLUTION) --editable '.[test-base]'
+	build/$@/bin/python -m pytest $(WITHOUT_TORCH)
+
+portable: $(VENV)/.installed-test
+	MINILPT_ISA=portable $(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,6 +19,7 @@ from . import __version__, backends
 from .errors import BackendError
 from .kernels import bundled, compiled, isa
 from .threads import cgroup_quota, usable_cores
+from .weights.resolve import MODELS, bundled_names, damaged
 
 NEEDED = ("numpy", "safetensors", "tokenizers")
 CUDA_DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
@@ -128,6 +129,18 @@ def _bundled_kernels(held: tuple[str, ...]) -> Finding:
     return Finding("kernels", "ok", found)
 
 
+def _models() -> Finding:
+    names = bundled_names()
+    try:
+        bad = [f"{name}/{file}" for name in names for file in damaged(MODELS / name)]
+    except OSError as error:
+        return Finding("bundled models", "problem", str(error), "install minilpt anew")
+    if bad:
+        return Finding("bundled models", "problem", f"{MODELS}: damaged: {', '.join(bad)}", "install minilpt anew")
+    found = f"{', '.join(names)}: every file has the SHA-256 that its card lists" if names else "none"
+    return Finding("bundled models", "ok", found)
+
+
 def _blas() -> Finding:
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     found = f"NumPy {np.__version__} with {built.get('name', 'no BLAS')} {built.get('version', '')}".rstrip()
@@ -158,4 +171,4 @@ def _cuda_driver() -> str | None:
     return f"{count.value} NVIDIA card(s), driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (_versions, _instructions, _threads, _kernels, _blas, _gpu)
+CHECKS: tuple[Callable[[], Finding], ...] = (_versions, _instructions, _threads, _kernels, _models, _blas, _gpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import pytest
 
 from minilpt import cli, doctor, threads
 from minilpt.kernels import compiled, isa
+from minilpt.weights import resolve
+from minilpt.weights.resolve import DEFAULT, MODELS
 
 pytest.importorskip("numba", reason="compiled kernels need numba")
 
-ABOUT = ["versions", "instruction set", "threads", "kernels", "BLAS", "GPU"]
+ABOUT = ["versions", "instruction set", "threads", "kernels", "bundled models", "BLAS", "GPU"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,25 @@ def test_the_cache_is_empty_damaged_or_cannot_be_written(tmp_path: Path, monkeyp
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path / "file"))
     assert (found("kernels").level, compiled.CACHE_VARIABLE in found("kernels").advice) == ("problem", True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_one_flipped_bit_or_a_lost_file_of_a_bundled_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = tmp_path / DEFAULT
+    shutil.copytree(MODELS / DEFAULT, folder)
+    for module in (resolve, doctor):
+        monkeypatch.setattr(module, "MODELS", tmp_path)
+    assert (found("bundled models").level, DEFAULT in found("bundled models").found) == ("ok", True)
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    assert (found("bundled models").level, f"{DEFAULT}/{file}" in found("bundled models").found) == ("problem", True)
+    (folder / "model.safetensors").unlink()
+    assert f"{DEFAULT}/model.safetensors" in found("bundled models").found
+    (folder / "README.md").unlink()
+    assert (found("bundled models").level, "README.md" in found("bundled models").found) == ("problem", True)
 
 
 def test_a_card_that_is_not_used_is_noted_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
-"""The wheel, installed in a fresh environment without torch, predicts."""
+"""The wheel is the same from wherever it is built, and predicts in a fresh environment without torch; the lock file."""
 
 from __future__ import annotations
 
 import importlib.metadata as metadata
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest itself brings it there
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,3 +106,32 @@ def test_the_installed_command_predicts(fresh_python: Path, tmp_path: Path) -> N
     command = str(fresh_python.parent / "minilpt")
     output = run(fresh_python, command, "predict", "Dull from start to finish.", cwd=tmp_path)
     assert json.loads(output)["label"] == "negative"
+
+
+def test_a_commit_s_wheel_has_the_same_bytes_from_other_folders_umasks_and_time_zones(tmp_path: Path) -> None:
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("needs a git checkout: what is built is a commit")
+    found = []
+    for name, mask, zone, seed in (("a", 0o022, "UTC", "1"), ("another", 0o077, "Asia/Tokyo", "2")):
+        (tmp_path / name).mkdir()
+        settings = {"TMPDIR": str(tmp_path / name), "TZ": zone, "PYTHONHASHSEED": seed}
+        command = [ROOT / ".ci" / "wheel", sys.executable, tmp_path / name / "out"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | settings, umask=mask, check=True, capture_output=True)
+        found.append(next((tmp_path / name / "out").glob("*.whl")).read_bytes())
+    assert found[0] == found[1]
+
+
+def test_the_lock_file_has_every_pin_with_hashes_and_no_address() -> None:
+    text = (ROOT / ".ci" / "locked.txt").read_text(encoding="utf-8")
+    assert "://" not in text
+    entries = re.findall(
+        r"^([\w.-]+)==(\S+)[^\n]*((?:\n    --hash=sha256:[0-9a-f]{64}[ \\]*)+)$", text, flags=re.MULTILINE
+    )
+    assert len(entries) == sum(not line.startswith((" ", "#")) for line in text.splitlines()) > 50
+    locked = {(name, version) for name, version, _ in entries}
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = content["project"]["optional-dependencies"]
+    for written in [*content["build-system"]["requires"], *extras["test"], *extras["test-base"], *extras["lint"]]:
+        requirement = Requirement(written)
+        if requirement.name not in ("minilpt", "torch"):  # of torch each platform has another build
+            assert (requirement.name, str(requirement.specifier).removeprefix("==")) in locked, written

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,20 @@ class Source:
 def bundled_names() -> list[str]:
     """Names of the models inside the package, sorted."""
     return sorted(config.parent.name for config in MODELS.glob("*/config.json"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model's folder that loading may read."""
+    read = sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")} - set(folder.glob("results*.json")))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in read}
+
+
+def damaged(folder: Path) -> list[str]:
+    """Files of a bundled model that are not, or no longer, those that its card (README.md) lists by their SHA-256."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", card, flags=re.MULTILINE))
+    found = hashes(folder)
+    return sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
 
 
 def is_hub_name(name_or_path: str | Path | None) -> bool:

@@ -75,6 +75,10 @@ sequence's own initial length, or by {options[denominator_limit]} where that is 
 
 Stored as int8 per row for all matrices and float32 for the rest; computed in float32.
 
+`minilpt doctor` compares the files with these:
+
+{files}
+
 With `precision="ibert"` the same file is computed in integers only, by the ranges in `integer.json`, which `minilpt
 quantize --no-by-channel` found on {ranges} rows of the train set: {integers}
 
@@ -158,6 +162,10 @@ chose nothing. Rows, training and thresholds are those of the project's study of
     python -m minilpt.weights.recipes.operating_point WORK/nli/learned --task mnli --texts WORK/nli/calibrate.jsonl
 
 Stored as int8 per row for all matrices and float32 for the rest; computed in float32.
+
+`minilpt doctor` compares the files with these:
+
+{files}
 
 ## Limits
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..resolve import hashes
 from . import card_texts
 
 
@@ -54,6 +55,9 @@ def _common(folder: Path, title: str) -> dict[str, Any]:
         "held_out": start["held_out"],
         "stage": {record["stage"]: record["dev"]["accuracy"] for record in log if record.get("event") == "done"},
         "options": start["options"],
+        "files": _markdown(
+            [["file", "SHA-256"], ["---"] * 2, *([name, found] for name, found in hashes(folder).items())]
+        ),
     }
 
 
