@@ -285,7 +285,6 @@ def _byte_level_bpe(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokeni
     if mask in vocabulary:
         tokenizer.add_special_tokens([AddedToken(mask, lstrip=True)])  # RobertaTokenizer's mask eats the space before
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    tokenizer.post_processor = processors.RobertaProcessing(
-        sep=(sep, vocabulary[sep]), cls=(cls, vocabulary[cls]), add_prefix_space=prefix_space
-    )
+    ends = ((sep, vocabulary[sep]), (cls, vocabulary[cls]))  # by place: tokenizers 0.23 renamed the second
+    tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=prefix_space)
     return tokenizer
