@@ -15,7 +15,7 @@ import minilpt
 from minilpt import reference
 from minilpt.config import read_config
 from minilpt.kernels import COMPILED, NUMPY
-from minilpt.quantize import quantize_layers
+from minilpt.quantize import quantize_layers, quantize_rows
 from minilpt.weights import checkpoint
 
 import checkpoints
@@ -60,6 +60,18 @@ def test_a_weight_that_is_not_finite_is_named_wherever_it_is(folder: Path, preci
         assert re.search(rf"model\.safetensors: {re.escape(name)} holds {value} at \({place[0]},", str(caught.value))
         changed(folder, lambda weights, name=name, sound=sound: weights.update({name: sound}))  # type: ignore[misc]
     assert np.isfinite(minilpt.load(folder, precision=precision).forward(ROWS).logits).all()
+
+
+def test_a_scale_that_takes_an_int8_weight_beyond_float32_is_named(folder: Path) -> None:
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+
+    def as_int8(weights: dict[str, Any]) -> None:
+        weights[name], weights[f"{name}_scale"] = quantize_rows(weights[name])
+        weights[f"{name}_scale"][3] = 3e38
+
+    changed(folder, as_int8)
+    with pytest.raises(minilpt.WeightsError, match=rf"model\.safetensors: {re.escape(name)} holds -?inf at \(3,"):
+        minilpt.load(folder, threads=1)
 
 
 def test_a_weight_that_is_not_finite_is_not_quantised(folder: Path, tmp_path: Path) -> None:

@@ -72,7 +72,10 @@ class Weights(Mapping[str, Any]):
         if entry.dtype == "I8":
             scale = self._stored[theirs + SCALE_SUFFIX]
             quantized = Quantized(self._raw(entry), _finite(scale, self._raw(scale)))
-            return quantized if name in self._as_stored else dequantize_rows(*quantized)
+            if name in self._as_stored:
+                return quantized
+            with np.errstate(over="ignore"):
+                return _finite(entry, dequantize_rows(*quantized))
         tensor = widened(self._raw(entry), entry.dtype)
         return tensor if name == WORD_TABLE else _finite(entry, tensor)
 
