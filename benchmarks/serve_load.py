@@ -32,7 +32,7 @@ from minilpt import records
 from minilpt.threads import usable_cores
 
 from . import files, workloads
-from .peers import DATA, RESULTS, WORK, machine
+from .peers import DATA, WORK, machine
 from .processes import ROOT, convert
 
 # variant -> (engine of `serve_engines`, tokens in a batch: 1 is one text at a time)
@@ -42,6 +42,7 @@ VARIANTS = {
     for how, tokens in (("batched", 4096), ("one at a time", 1))
 }
 TEXTS = ("glue/SST-2/dev.tsv", "sentence")
+RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 LATE_MS = 100.0  # the bound on the 99th percentile
 STEP = 1.15  # from one arrival rate to the next
 CLOSE = 1e-3  # how far a score may be from the model's own
@@ -223,7 +224,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path, default=DATA, help="a folder with glue/SST-2/dev.tsv")
     parser.add_argument("--work", type=Path, default=WORK, help="for prepared models")
-    parser.add_argument("--out", type=Path, default=RESULTS.with_name("serve.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of the engine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement")

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import batch_engines, cuda_compile, engines, files, integer, integer_report, report, t4_model, workloads
+from benchmarks import (
+    batch_engines,
+    cuda_compile,
+    engines,
+    files,
+    integer,
+    integer_report,
+    report,
+    serve_load,
+    t4_model,
+    workloads,
+)
 from minilpt.config import read_config
 
 
@@ -102,6 +113,11 @@ def test_the_document_on_cuda_holds_the_results() -> None:
 def test_the_document_on_deployment_holds_the_results() -> None:
     document = (integer.ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     assert batch_engines.table(files.read_json(batch_engines.RESULTS)) in document
+
+
+def test_the_document_on_serving_holds_the_results() -> None:
+    document = (integer.ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert serve_load.table(files.read_json(serve_load.RESULTS)) in document
 
 
 def test_the_model_on_paper_counts_what_a_layer_moves_and_computes(tmp_path: Path) -> None:

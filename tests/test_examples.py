@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -72,9 +73,14 @@ def test_pandas_column(tmp_path: Path) -> None:
 
 def test_fastapi_app() -> None:
     needs("fastapi_app")
-    from fastapi.testclient import TestClient
+    import httpx
 
-    answer = TestClient(imported("fastapi_app").app).get("/classify", params={"text": TEXT})
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(app=imported("fastapi_app").app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://example") as client:
+            return await client.get("/classify", params={"text": TEXT})
+
+    answer = asyncio.run(asked())
     assert answer.json() == minilpt.load().predict(TEXT)[0].scores
 
 

@@ -18,6 +18,7 @@ START = """
 import multiprocessing, os, signal, sys, threading
 import minilpt
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 FOLDER, *ARGUMENTS = sys.argv[1:]
 TEXTS = ["good film", ("not a bad film", "the film !"), "a film " * 30] * 16
 model = minilpt.load(FOLDER, threads=2)
@@ -128,7 +129,10 @@ print(caught, wrong, [thread.name for thread in threading.enumerate() if thread.
 
 def test_ctrl_c_ends_a_program_that_does_not_catch_it(folder: Path) -> None:
     process = start("print('ready', flush=True)\nwhile True:\n    answers()\n", folder)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err.strip().splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")

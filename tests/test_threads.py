@@ -204,8 +204,9 @@ AT_THE_END = {
     "a job left behind": (
         "import signal\n"
         "def leave(*_): raise KeyboardInterrupt\n"
-        "signal.signal(signal.SIGALRM, leave); signal.setitimer(signal.ITIMER_REAL, 0.01)\n"
+        "signal.signal(signal.SIGALRM, leave)\n"
         "try:\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.01)\n"
         "    while True: model.forward(rows)\n"
         "except KeyboardInterrupt: pass"
     ),
