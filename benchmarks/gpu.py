@@ -1,12 +1,14 @@
-"""The CUDA path on a real card, end to end, beside PyTorch in the same run: nothing of it was ever measured yet.
+"""The CUDA path on a real card, end to end, beside PyTorch in the same run.
 
     make gpu        # the tests on the card, and then this; or
     python -m benchmarks.gpu --out gpu.json [--sequences 512] [--rounds 5] [--shapes roberta-base ...]
+    python -m benchmarks.gpu --report    # the table of docs/cuda.md, from the stored result
 
 RoBERTa-base and MiniLM-L6 shapes with random weights, MNLI-like lengths, float32 and float16, dense and pruned to 0.53
 of the counted FLOPs. PyTorch (with transformers and CUDA) gets batches sorted by length and padded. Every engine's
 answers are checked before anything is timed, against the CPU's, pruned ones against its pruned ones, which is also the
-warm-up. Every round runs all engines, one after another. Needs CuPy, a CUDA build of PyTorch, and transformers.
+warm-up. Every round runs all engines, one after another. A last pass of each is watched by PyTorch's profiler, which
+tells how long the card's kernels ran. Needs CuPy, a CUDA build of PyTorch, and transformers.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from minilpt import cuda_device
 
 from . import files, workloads
 
+RESULT = Path(__file__).parent / "results" / "gpu.json"
 BATCH_TOKENS = 16384
 PRECISIONS = ("fp32", "fp16")
 # Float16 rounds every stored value to 11 bits: logits of these shapes then lie some hundredths apart; a kernel that
@@ -55,13 +58,14 @@ Engine = Callable[[], Answers]
 def ours(folder: Path, precision: str, pruning: Any, rows: Rows, device: str = "cuda") -> Engine:
     """Batches by length, as PyTorch's are, without the padding."""
     model = minilpt.load(folder, device=device, precision=precision, pruning=pruning)
-    batches = _batches(rows)
+    arrays = [np.array(row, np.int32) for row in rows]
+    batches = [(places, [arrays[place] for place in places]) for places in _batches(rows)]
 
     def run() -> Answers:
         logits = np.empty((len(rows), len(model.classes_)), np.float32)
         kept = np.empty((model.config.layers, len(rows)), np.int64)
-        for places in batches:
-            found = model.forward([rows[place] for place in places])
+        for places, batch in batches:
+            found = model.forward(batch)
             logits[places], kept[:, places] = found.logits, found.kept_tokens
         return Answers(logits, None if pruning is None else kept)
 
@@ -138,7 +142,22 @@ def measure(shape: str, count: int, rounds: int) -> dict[str, Any]:
                 started = time.perf_counter()
                 run()
                 speeds[engine].append(count / (time.perf_counter() - started))
-    return {"workload": workloads.describe(rows), "checks": checks, "sequences_per_s": speeds}
+        busy = {engine: card_ms(run) for engine, run in engines.items()}
+    return {"workload": workloads.describe(rows), "checks": checks, "sequences_per_s": speeds, "card_ms": busy}
+
+
+def card_ms(run: Engine) -> float | None:
+    """Milliseconds of one pass's kernels and copies, copies beside kernels counted too; None where nobody can tell."""
+    if why_no_torch() is not None or TORCH_DEVICE != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+    return (
+        sum(event.self_device_time_total for event in seen.key_averages() if event.device_type == DeviceType.CUDA) / 1e3
+    )
 
 
 def check(name: str, found: Answers, truth: Answers) -> dict[str, float]:
@@ -158,27 +177,35 @@ def check(name: str, found: Answers, truth: Answers) -> dict[str, float]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Median, lowest and highest sequences a second, and the median of the rounds' ratios to PyTorch."""
-    lines = [f"left out: {found['left_out']}"] if found["left_out"] else []
+    """Markdown: median, lowest and highest sequences a second; the rounds' median ratio to PyTorch; the card's time."""
+    lines = [f"left out: {found['left_out']}", ""] if found["left_out"] else []
+    lines += ["| | sequences a second | of PyTorch's | kernels run, of a pass |", "| --- | --- | --- | --- |"]
     for shape, measured in found["shapes"].items():
-        speeds = measured["sequences_per_s"]
+        speeds, count = measured["sequences_per_s"], measured["workload"]["sequences"]
         for engine, mine in speeds.items():
-            line = f"{shape}  {engine}: {statistics.median(mine):.0f} ({min(mine):.0f} to {max(mine):.0f})"
             peer = speeds.get(f"PyTorch {next(precision for precision in PRECISIONS if precision in engine)}")
-            if peer:
-                ratio = statistics.median(ours / theirs for ours, theirs in zip(mine, peer, strict=True))
-                line += f", {ratio:.2f} x PyTorch"
-            lines.append(line)
+            ratio = statistics.median(a / b for a, b in zip(mine, peer, strict=True)) if peer else None
+            middle, busy = statistics.median(mine), measured["card_ms"][engine]
+            cells = (
+                f"{shape}, {engine}",
+                f"{middle:,.0f} ({min(mine):,.0f} to {max(mine):,.0f})",
+                "" if ratio is None else f"{ratio:.2f} x",
+                "" if busy is None else f"{busy:.1f} of {1e3 * count / middle:.1f} ms",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--report", action="store_true", help="print the table of the stored result")
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=workloads.SHAPES, default=list(workloads.SHAPES))
     options = parser.parse_args(arguments)
+    if options.report:
+        return print(table(files.read_json(RESULT)))
     try:
         device, left_out = cuda_device.find(), why_no_torch()
     except minilpt.MinilptError as error:

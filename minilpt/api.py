@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, pruning
-from .batches import flattened, in_batches, token_batch
+from .batches import Rows, checked_ids, flattened, in_batches, token_batch
 from .config import ModelConfig
 from .embeddings import POOLINGS, Embedding, means, normalized, read_embedding
 from .engine import Engine, Forward
@@ -299,24 +299,26 @@ class Classifier:
 
     def forward(
         self,
-        token_ids: Sequence[Sequence[int]],
-        segment_ids: Sequence[Sequence[int]] | None = None,
+        token_ids: Rows,
+        segment_ids: Rows | None = None,
         *,
         trace: bool = False,
     ) -> Forward:
         """Run the model on B sequences of token ids as one batch, without padding.
 
-        token_ids: non-empty sequences with their special tokens; segment_ids: of the same lengths, zeros if None.
+        token_ids: non-empty sequences or (n,) arrays of integers, with their special tokens; segment_ids: of the same
+        lengths, zeros if None.
         With trace every layer evaluates its pruning rule (no last-layer shortcut) and the record also holds
         attention_lengths, ffn_lengths and counted_flops. Raises InputError naming the sequence that cannot be run.
         """
         if segment_ids is not None and len(segment_ids) != len(token_ids):
             raise InputError(f"{len(token_ids)} token id sequences but {len(segment_ids)} segment id sequences")
-        ids = [self._checked(at, "token", row, self.config.vocabulary) for at, row in enumerate(token_ids)]
-        segments = [np.zeros(len(row), np.int32) for row in ids]
-        if segment_ids is not None:
-            rows = max(self.config.segments, 1)  # a family without segments still has the one segment 0
-            segments = [self._checked(at, "segment", row, rows) for at, row in enumerate(segment_ids)]
+        longest = self.config.max_tokens
+        ids = checked_ids("token", token_ids, self.config.vocabulary, longest)
+        if segment_ids is None:
+            segments = list(map(np.zeros_like, ids))
+        else:  # a family without segments still has the one segment 0
+            segments = checked_ids("segment", segment_ids, max(self.config.segments, 1), longest)
         for at, (tokens, kinds) in enumerate(zip(ids, segments, strict=True)):
             if len(tokens) != len(kinds):
                 raise InputError(f"sequence {at} has {len(tokens)} token ids but {len(kinds)} segment ids")
@@ -326,13 +328,14 @@ class Classifier:
         return found
 
     def _check_finite(
-        self, answers: NDArray[np.floating], ids: Sequence[NDArray[np.int32]], segments: Sequence[NDArray[np.int32]]
+        self, answers: NDArray[np.floating], ids: Sequence[NDArray[Any]], segments: Sequence[NDArray[Any]]
     ) -> None:
         """answers: (sequences, ...). Raises WeightsError or NumbersError, which tell the cause."""
         if not np.isfinite(answers).all():
             place = int(np.argmin(np.isfinite(answers).all(axis=1)))
             rule, precision = self._engine.rule, self.backend.precision
-            raise not_finite(self.folder, self.config, rule, precision, ids[place], segments[place])
+            tokens, kinds = (rows[place].astype(np.int32) for rows in (ids, segments))
+            raise not_finite(self.folder, self.config, rule, precision, tokens, kinds)
 
     def explain(self, text: Item) -> Explanation:
         """One text or pair, with the layer at which each of its tokens was removed and the scores that decided it.
@@ -367,22 +370,6 @@ class Classifier:
         """Token ids and segment ids of texts or pairs, as `forward` takes them."""
         encoded = self._text_encoder().encode(text_items(texts))
         return [item.ids.tolist() for item in encoded], [item.segments.tolist() for item in encoded]
-
-    def _checked(self, at: int, kind: str, values: Sequence[int], rows: int) -> NDArray[np.int32]:
-        try:
-            array = np.asarray(values)
-        except ValueError:  # lists of unequal lengths inside
-            array = np.empty(0)
-        if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(
-                f"sequence {at}: {kind} ids must be a non-empty sequence of integers, found {values!r:.80}"
-            )
-        if len(array) > self.config.max_tokens:
-            raise InputError(f"sequence {at} has {len(array)} {kind} ids; the model holds {self.config.max_tokens}")
-        outside = array[(array < 0) | (array >= rows)]
-        if len(outside):
-            raise InputError(f"sequence {at}: {kind} id {outside[0]} has no row; the model has rows 0 to {rows - 1}")
-        return array.astype(np.int32)
 
     def require_head(self) -> None:
         """Raise UnsupportedModelError if this is an encoder without a classification head."""

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from . import ragged
 from .config import ModelConfig
@@ -15,20 +15,46 @@ from .errors import InputError
 from .ragged import TokenBatch
 from .text import Encoded
 
+Rows = Sequence[Sequence[int] | NDArray[np.integer]]  # (n,) each
 Run = Callable[[TokenBatch], Sequence[NDArray[Any]]]  # gives arrays of (B, ...)
 
 
-def token_batch(config: ModelConfig, ids: Sequence[ArrayLike], segments: Sequence[ArrayLike]) -> TokenBatch:
+def token_batch(config: ModelConfig, ids: Rows, segments: Rows) -> TokenBatch:
     """The batch of B sequences, none of them empty. ids, segments: (n,) integers each."""
-    rows = [np.asarray(row, np.int32) for row in ids]
+    packed, bounds = _packed(ids), ragged.boundaries([len(row) for row in ids])
     offset, pad = config.position_offset, config.pad_token_id
-    places = [ragged.positions(row, offset=offset, pad_token_id=pad) for row in rows]
-    bounds = ragged.boundaries([len(row) for row in rows])
-    return TokenBatch(_packed(rows), _packed(places), _packed(segments), bounds)
+    places = ragged.packed_positions(packed, bounds, offset=offset, pad_token_id=pad)
+    return TokenBatch(packed, places, _packed(segments), bounds)
 
 
-def _packed(rows: Sequence[ArrayLike]) -> NDArray[np.int32]:
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
+def _packed(rows: Rows) -> NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32, casting="same_kind")
+
+
+def checked_ids(kind: str, sequences: Rows, rows: int, longest: int) -> list[NDArray[Any]]:
+    """The sequences as arrays of integers. kind: "token" or "segment"; rows: of the table that the ids are rows of.
+
+    Raises InputError that names the first sequence which is empty, no integers, longer, or has an id without a row.
+    """
+    found = [_integers(at, kind, values) for at, values in enumerate(sequences)]
+    for at, ids in enumerate(found):
+        if len(ids) > longest:
+            raise InputError(f"sequence {at} has {len(ids)} {kind} ids; the model holds {longest}")
+    every = np.concatenate([np.zeros(0, np.int64), *found], dtype=np.int64, casting="unsafe")  # uint64, too
+    if every.size and not (every.min() >= 0 and every.max() < rows):
+        at, wrong = next((at, one) for at, ids in enumerate(found) for one in ids.tolist() if not 0 <= one < rows)
+        raise InputError(f"sequence {at}: {kind} id {wrong} has no row; the model has rows 0 to {rows - 1}")
+    return found
+
+
+def _integers(at: int, kind: str, values: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unequal lengths inside
+        array = np.empty(0)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
+        raise InputError(f"sequence {at}: {kind} ids must be a non-empty sequence of integers, found {values!r:.80}")
+    return array
 
 
 def flattened(texts: Sequence[Sequence[Encoded]]) -> tuple[list[Encoded], NDArray[np.intp]]:

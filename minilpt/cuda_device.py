@@ -21,12 +21,13 @@ FULL_SUMS = 16  # CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_R
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """A usable card. cp: the CuPy module; capability: 75 for 7.5."""
+    """A usable card. cp: the CuPy module; capability: 75 for 7.5; multiprocessors: how many it has."""
 
     cp: Any
     ordinal: int
     name: str
     capability: int
+    multiprocessors: int
 
 
 def installed() -> bool:
@@ -62,13 +63,14 @@ def _looked_for() -> CudaDevice | str:
         return f"CuPy cannot be imported ({_line(error)}): {INSTALL} brings the CUDA libraries that it needs"
     try:
         ordinal = runtime.getDevice()
-        name = runtime.getDeviceProperties(ordinal)["name"].decode()
+        properties = runtime.getDeviceProperties(ordinal)
         capability = int(cp.cuda.Device(ordinal).compute_capability)
     except runtime.CUDARuntimeError as error:
         return _unanswered(error)
+    name = properties["name"].decode()
     if capability < OLDEST:
         return f"{name} has compute capability {capability / 10}, the kernels need {OLDEST / 10} (Tesla T4) or later"
-    return CudaDevice(cp, ordinal, name, capability)
+    return CudaDevice(cp, ordinal, name, capability, properties["multiProcessorCount"])
 
 
 def _unanswered(error: Any) -> str:

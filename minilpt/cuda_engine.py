@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -93,6 +93,9 @@ class CudaProgram(Protocol):
 
     def rules(self, rule: KeepRule | None) -> list[LayerRule]:
         """One for each layer."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around a run: what its libraries are told for this thread."""
 
     def embed(self, tokens: tuple[Array, Array, Array]) -> Array:
         """ids, positions, segments, (N,) int32, to (N, D)."""
@@ -235,7 +238,7 @@ class CudaEngine:
         if longest > most:
             raise InputError(f"a text has {longest} tokens; the CUDA kernels hold {most}: {ON_THE_CPU}")
         try:
-            with self._cp.cuda.Device(self._device.ordinal), self._stream():
+            with self._cp.cuda.Device(self._device.ordinal), self._stream(), self._program.running():
                 yield _Run(self.config, self._program, self._rules, batch, self._cp, first_row_only, trace)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(self._cp, error):
@@ -294,15 +297,16 @@ class _Run:
         self._config, self._program, self._rules, self._cp = config, program, rules, cp
         self._first_row_only, self._trace = first_row_only, trace
         self._lengths = ragged.lengths(batch.cu_seqlens)
-        self._initial = cp.asarray(self._lengths)
-        self._identity = cp.asarray(np.arange(len(batch.ids) + 1, dtype=np.int32))
         self._bounds = cp.empty((config.layers, len(self._lengths) + 1), np.int32)  # behind the layers that change them
         self._changed: list[int] = []  # those layers
         self._masses: list[Array] = []
         self._kept: list[Array] = []
         segments = batch.segments if config.segments else np.zeros_like(batch.segments)
-        ids, positions, kinds = (cp.asarray(array) for array in (batch.ids, batch.positions, segments))
-        rows = Rows(cp.asarray(batch.cu_seqlens), int(self._lengths.max()))
+        identity = np.arange(len(batch.ids) + 1, dtype=np.int32)
+        ids, positions, kinds, bounds, self._initial, self._identity = _on_device(
+            cp, (batch.ids, batch.positions, segments, batch.cu_seqlens, self._lengths, identity)
+        )
+        rows = Rows(bounds, int(self._lengths.max()))
         self._live = _Live(program.embed((ids, positions, kinds)), rows, len(batch.ids), self._lengths)
 
     def forward(self) -> Forward:
@@ -397,6 +401,13 @@ class _Run:
         layer = self._config.layers - 1
         program.context(layer, (q, same, rows), (kv, 0, D), live.rows, context)
         return _Live(program.rest_of_layer(layer, first, same, same, context), rows, B, None)
+
+
+def _on_device(cp: Any, arrays: Sequence[Int32]) -> list[Array]:
+    """They are parts of one array there: a copy takes some 40 us, however small."""
+    together = cp.asarray(np.concatenate(arrays))
+    ends = np.cumsum([len(array) for array in arrays]).tolist()
+    return [together[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]
 
 
 class _Kept(NamedTuple):

@@ -7,6 +7,7 @@ width, L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,13 +61,12 @@ class FloatCudaProgram:
         weights: Mapping[str, Float32],
         precision: str,
         device: CudaDevice,
-        geometry: Geometry | None = None,
     ):
         self.row_type, self.longest_text = ROW_TYPES[precision], longest_text(config.width // config.heads)
         check_fits(config, self.longest_text)
         self._config, self._cp, self._weights = config, device.cp, weights
         with loading(device):
-            self.kernels = FloatKernels(device.cp, geometry or Geometry(), self.row_type)
+            self.kernels = FloatKernels(device.cp, Geometry.of(device.multiprocessors), self.row_type)
             device.cp.cuda.device.get_cublas_handle()  # a missing cuBLAS shows here rather than at the first text
             self._upload()
         del self._weights
@@ -120,10 +120,12 @@ class FloatCudaProgram:
         layers = range(self._config.layers)
         return [LayerRule(rule.step(n)) if rule is not None and rule.active(n) else LayerRule() for n in layers]
 
+    def running(self) -> AbstractContextManager[None]:
+        return full_sums(self._cp)
+
     def _product(self, x: Array, weight: Array) -> Array:
         out = self._cp.empty((len(x), weight.shape[1]), self.row_type)
-        with full_sums(self._cp):
-            self._cp.matmul(x, weight, out=out)
+        self._cp.matmul(x, weight, out=out)
         return out
 
     def embed(self, tokens: tuple[Array, Array, Array]) -> Array:

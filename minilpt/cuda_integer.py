@@ -5,6 +5,7 @@ Legend: B sequences, N packed tokens, H heads, D width, F inner width, L layers.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +71,12 @@ class IntegerCudaProgram:
 
     row_type, mass_type = np.dtype(np.int8), np.dtype(np.int64)
 
-    def __init__(self, config: ModelConfig, model: IntegerModel, device: CudaDevice, geometry: Geometry | None = None):
+    def __init__(self, config: ModelConfig, model: IntegerModel, device: CudaDevice):
         self.longest_text = longest_text(config.width // config.heads)
         check_fits(config, self.longest_text)
         self._config, self._cp, self._model = config, device.cp, model
         with loading(device):
-            self.kernels = IntegerKernels(device.cp, geometry or Geometry())
+            self.kernels = IntegerKernels(device.cp, Geometry.of(device.multiprocessors))
             self._upload()
 
     def _upload(self) -> None:
@@ -140,6 +141,10 @@ class IntegerCudaProgram:
             outer_residual=device_dyadic(cp, layer.outer_residual, D),
             outer_norm=device_norm(cp, layer.outer_norm),
         )
+
+    def running(self) -> AbstractContextManager[None]:
+        """No library takes part."""
+        return nullcontext()
 
     def rules(self, rule: KeepRule | None) -> list[LayerRule]:
         config = self._config

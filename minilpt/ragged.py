@@ -46,6 +46,17 @@ def positions(ids: Int32, *, offset: int, pad_token_id: int) -> Int32:
     return np.where(real, np.cumsum(real) + offset - 1, pad_token_id).astype(np.int32)
 
 
+def packed_positions(ids: Int32, cu_seqlens: Int32, *, offset: int, pad_token_id: int) -> Int32:
+    """`positions` of every sequence of a batch, (N,) int32."""
+    n = lengths(cu_seqlens)
+    if offset == 0:
+        return np.arange(len(ids), dtype=np.int32) - np.repeat(cu_seqlens[:-1], n)
+    real = ids != pad_token_id
+    counted = np.concatenate([[0], np.cumsum(real)])
+    before = np.repeat(counted[cu_seqlens[:-1]], n)
+    return np.where(real, counted[1:] - before + offset - 1, pad_token_id).astype(np.int32)
+
+
 def compact(keep: NDArray[np.bool_], cu_seqlens: Int32) -> tuple[NDArray[np.intp], Int32]:
     """Indices of the kept rows, (N',), and the boundaries of the smaller batch, (B + 1,) int32. keep: (N,) bool."""
     kept_before = np.concatenate([[0], np.cumsum(keep)])

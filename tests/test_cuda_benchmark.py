@@ -42,7 +42,9 @@ def test_every_engine_is_checked_and_timed(tiny: None, tmp_path: Path, capsys: p
     assert all(len(speeds) == 2 for speeds in measured["sequences_per_s"].values())
     assert measured["checks"]["minilpt fp32, pruned"]["others_kept"] <= 1e-3
     assert (found["card"], found["left_out"]) == ("Tesla T4 (stand-in)", None)
-    assert "x PyTorch" in capsys.readouterr().out
+    assert set(measured["card_ms"].values()) == {None}  # there is no card to ask
+    assert "| tiny, PyTorch fp32 | " in (table := capsys.readouterr().out)
+    assert "| 1.00 x |" in table
 
 
 def test_without_a_cuda_build_of_pytorch_the_report_says_what_is_left_out(
@@ -59,6 +61,11 @@ def test_without_a_card_one_sentence_says_what_is_missing(monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda_device, "installed", lambda: False)
     with pytest.raises(SystemExit, match="CuPy is not installed: pip install"):
         gpu.main(["--out", str(tmp_path / "gpu.json")])
+
+
+def test_the_document_shows_the_stored_result(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--report"])
+    assert capsys.readouterr().out in (gpu.RESULT.parents[2] / "docs" / "cuda.md").read_text(encoding="utf-8")
 
 
 def test_wrong_answers_are_not_timed() -> None:

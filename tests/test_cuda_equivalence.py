@@ -37,7 +37,7 @@ def cp(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def cuda_only(cp: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The checks see this engine and no other."""
-    device = CudaDevice(cp, 0, "a card", 75)
+    device = CudaDevice(cp, 0, "a card", 75, multiprocessors=40)
 
     def engines(twin: Twin, rule: KeepRule | None) -> dict[str, Engine]:
         program = FloatCudaProgram(twin.config, twin.stored, "fp32", device)

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minilpt
-from minilpt import Classifier, InputError
+from minilpt import Classifier, InputError, ragged
 
 import checkpoints
 
@@ -52,10 +54,10 @@ def test_only_a_trace_holds_the_lengths(model: Classifier) -> None:
 def test_forward_takes_lists_tuples_arrays_and_integers_of_any_width(model: Classifier) -> None:
     wanted = model.forward([[2, 5, 3]], [[0, 1, 1]]).logits
     for dtype in (np.uint8, np.int16, np.int32, np.int64, np.uint64):
-        found = model.forward([np.array([2, 5, 3], dtype)], [np.array([0, 1, 1], dtype)])  # type: ignore[list-item]
+        found = model.forward([np.array([2, 5, 3], dtype)], [np.array([0, 1, 1], dtype)])
         assert np.array_equal(found.logits, wanted)
     assert np.array_equal(model.forward(((2, 5, 3),), ((0, 1, 1),)).logits, wanted)
-    assert np.array_equal(model.forward(np.array([[2, 5, 3]]), np.array([[0, 1, 1]])).logits, wanted)  # type: ignore[arg-type]
+    assert np.array_equal(model.forward(np.array([[2, 5, 3]]), np.array([[0, 1, 1]])).logits, wanted)
     assert not np.array_equal(model.forward([[2, 5, 3]]).logits, wanted)
 
 
@@ -108,6 +110,19 @@ def test_a_model_without_segments_takes_segment_zero_only(tmp_path: Path, model_
         model.forward([OK], [[0, 1, 0]])
 
 
+@given(st.data())
+def test_the_positions_of_a_batch_are_those_of_each_sequence(data: st.DataObject) -> None:
+    """Pads among the tokens included, which families that count from an offset do not count."""
+    rows = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=5))
+    arrays = [np.array(row, np.int32) for row in rows]
+    packed = np.concatenate([np.zeros(0, np.int32), *arrays])
+    for offset in (0, 2):
+        counting = {"offset": offset, "pad_token_id": 1}
+        found = ragged.packed_positions(packed, ragged.boundaries(list(map(len, rows))), **counting)
+        assert found.dtype == np.int32
+        assert found.tolist() == [place for row in arrays for place in ragged.positions(row, **counting).tolist()]
+
+
 def test_the_longest_sequence_is_the_limit_itself(model: Classifier) -> None:
     assert model.config.max_tokens == 40
     assert model.forward([[5] * 40]).logits.shape == (1, 3)
@@ -115,5 +130,5 @@ def test_the_longest_sequence_is_the_limit_itself(model: Classifier) -> None:
 
 def test_inputs_are_left_as_they_were(model: Classifier) -> None:
     ids, segments = np.array([2, 5, 6, 3]), np.array([0, 0, 1, 1])
-    model.forward([ids], [segments])  # type: ignore[list-item]
+    model.forward([ids], [segments])
     assert (ids.tolist(), segments.tolist()) == ([2, 5, 6, 3], [0, 0, 1, 1])

@@ -27,14 +27,14 @@ QUERIES, ROWS, TILE = 64, 4, 32
 
 # The types of kernels' parameters, as NumPy has them. CuPy takes a Python int for 64 bits and a float for a double:
 # handed to a 32-bit parameter they would be garbage, so every scalar is converted to what the signature says.
-TYPES: Mapping[str, type[np.generic]] = {
-    "int": np.int32,
-    "unsigned": np.uint32,
-    "long long": np.int64,
-    "unsigned char": np.uint8,
-    "signed char": np.int8,
-    "float": np.float32,
-    "__half": np.float16,
+TYPES: Mapping[str, np.dtype[Any]] = {
+    "int": np.dtype(np.int32),
+    "unsigned": np.dtype(np.uint32),
+    "long long": np.dtype(np.int64),
+    "unsigned char": np.dtype(np.uint8),
+    "signed char": np.dtype(np.int8),
+    "float": np.dtype(np.float32),
+    "__half": np.dtype(np.float16),
 }
 _SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\((\d+)[\d, ]*\)\s+)?(\w+)\(([^)]*)\)')
 
@@ -49,7 +49,12 @@ class Geometry:
     row_warps: int = 4
     attention_warps: int = 4
     sequence_warps: int = 4
-    most_blocks: int = 40 * 16  # of a row operation; the rest is strided over. A T4 holds 16 blocks on each of 40 SMs
+    most_blocks: int = 40 * 16  # of a row operation, which strides over the rest
+
+    @classmethod
+    def of(cls, multiprocessors: int) -> Geometry:
+        """For a card with so many, each of which holds up to 16 blocks; a T4 has 40."""
+        return cls(most_blocks=16 * multiprocessors)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -61,7 +66,7 @@ class Geometry:
 class Signature(NamedTuple):
     """A kernel's parameters, each with its type and whether it is an array of it, and the most threads of a block."""
 
-    parameters: list[tuple[type[np.generic], bool]]
+    parameters: list[tuple[np.dtype[Any], bool]]
     most_threads: int
 
 
@@ -78,7 +83,7 @@ def signatures(text: str) -> dict[str, Signature]:
     }
 
 
-def _parameter(text: str) -> tuple[type[np.generic], bool]:
+def _parameter(text: str) -> tuple[np.dtype[Any], bool]:
     kind = text.strip().removeprefix("const ").rsplit(maxsplit=1)[0]
     return TYPES[kind.removesuffix("*")], kind.endswith("*")
 
@@ -86,6 +91,11 @@ def _parameter(text: str) -> tuple[type[np.generic], bool]:
 def pitch(words: int) -> int:
     """From a row in shared memory to the next: an odd number of fours, which are read at a time."""
     return 4 * (math.ceil(words / 4) | 1)
+
+
+def row_bytes(words: int) -> int:
+    """Of one row in shared memory from which NVIDIA's compiler reads fours, the last one past its end."""
+    return 16 * math.ceil(words / 4)
 
 
 def rows_words(warps: int, words: int) -> int:
@@ -137,10 +147,8 @@ class Kernels:
         packed = []
         for number, (argument, (kind, is_array)) in enumerate(zip(arguments, parameters, strict=True)):
             if is_array and argument.dtype != kind:
-                raise TypeError(
-                    f"{name}: argument {number} must be an array of {kind.__name__}, found {argument.dtype}"
-                )
-            packed.append(argument if is_array else kind(argument))
+                raise TypeError(f"{name}: argument {number} must be an array of {kind}, found {argument.dtype}")
+            packed.append(argument if is_array else kind.type(argument))
         shape = (*grid, 1, 1)[:3]
         self._kernel(name)(shape, (warps * WARP,), tuple(packed), shared_mem=shared_bytes)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import blocks
-from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, TILE, Array, Geometry, Kernels, pitch, rows_words
+from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, TILE, Array, Geometry, Kernels, pitch, row_bytes, rows_words
 
 HEAD_WIDTHS = (32, 64, 128)  # that the context kernels are made for; a head takes the next wider one
 SUFFIXES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16"}
@@ -126,7 +126,7 @@ class FloatKernels(Kernels):
         _, heads, N = probs_zhn.shape
         arguments = (probs_zhn, qkv, bias, cu_seqlens, stand_in, rank, N, out.shape[1], heads, out)
         grid = (heads, len(stand_in))
-        self.launch(f"merged_context_{self._suffix}", grid, 2, *arguments, shared_bytes=4 * longest)
+        self.launch(f"merged_context_{self._suffix}", grid, 2, *arguments, shared_bytes=row_bytes(longest))
 
     def keep(
         self, step: Any, mass_zhn: Array, cu_seqlens: Array, initial: Array, mass: Array, kept: Array, counts: Array

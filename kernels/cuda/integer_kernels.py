@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import blocks, integer
-from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, Array, Kernels, rows_words
+from . import BLOCK_SHARED_BYTES, QUERIES, ROWS, Array, Kernels, row_bytes, rows_words
 
 PRODUCT_TILE = 64  # rows and outputs of a block of `linear_i8`
 MOST_GRID = 65535  # of a grid's second dimension
@@ -200,7 +200,7 @@ class IntegerKernels(Kernels):
         arguments = (
             probs_zhn, qkv, cu_seqlens, total_weight, stand_in, rank, N, out.shape[1], heads, *factor, out
         )  # fmt: skip
-        self.launch("merged_context_i8", (heads, len(stand_in)), 2, *arguments, shared_bytes=4 * longest)
+        self.launch("merged_context_i8", (heads, len(stand_in)), 2, *arguments, shared_bytes=row_bytes(longest))
 
     def keep(
         self, rule: Any, mass_zhn: Array, cu_seqlens: Array, initial: Array, mass: Array, kept: Array, counts: Array

@@ -412,7 +412,7 @@ class Cuda:
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: answer(self.count),
             getDevice=lambda: answer(_thread.device_id),
-            getDeviceProperties=lambda ordinal: answer({"name": self.name.encode()}),
+            getDeviceProperties=lambda ordinal: answer({"name": self.name.encode(), "multiProcessorCount": 40}),
         )
 
 
