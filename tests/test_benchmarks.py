@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cuda_compile, engines, files, integer, integer_report, report, t4_model, workloads
+from benchmarks import (
+    batch_engines,
+    cuda_compile,
+    engines,
+    files,
+    integer,
+    integer_report,
+    report,
+    t4_model,
+    workloads,
+)
 from minilpt.config import read_config
 
 
@@ -97,6 +107,11 @@ def test_the_document_on_cuda_holds_the_results() -> None:
     assert f"the model on paper gives {limits['gain']:.2f} x" in document
     sources = {path.name for path in (integer.ROOT / "kernels" / "cuda").glob("*.cu")}
     assert {kernel["source"] for kernel in compiled["kernels"].values()} == sources
+
+
+def test_the_document_on_deployment_holds_the_results() -> None:
+    document = (integer.ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert batch_engines.table(files.read_json(batch_engines.RESULTS)) in document
 
 
 def test_the_model_on_paper_counts_what_a_layer_moves_and_computes(tmp_path: Path) -> None:
