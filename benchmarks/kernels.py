@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels [--out FILE]
 
-The peaks are loops that only multiply and add in registers (24 independent sums), and copies of arrays that no cache
-holds. A product's share is of the arithmetic peak, a row operation's of the copy's bytes per second. Then the whole
-forward pass of the RoBERTa-base shape: its share of the peak, what pruning gains in time for what it saves in executed
-FLOPs, and how the time grows with the tokens where attention per token stays the same.
+The peaks are loops that only multiply and add in registers (24 independent sums; of AMX's, all four), and copies of
+arrays that no cache holds. A product's share is of the arithmetic peak, a row operation's of the copy's bytes per
+second. Then the whole forward pass of the RoBERTa-base shape: its share of the peak, what pruning gains in time for
+what it saves in executed FLOPs, and how the time grows with the tokens where attention per token stays the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from numba.core.extending import intrinsic
 
 from minilpt import load
 from minilpt.kernels import blocks, compiled, packing
-from minilpt.kernels.isa import chosen
+from minilpt.kernels.isa import AMX_DEPTH, AMX_ROWS, LANES, chosen
+from minilpt.kernels.jit import amx
 from minilpt.kernels.jit.vector import I64, INTEGERS, VECTOR, Emitter
 from minilpt.quantize import quantize_rows
 
@@ -68,6 +69,30 @@ def _peak_loop(int8: bool) -> Any:
     return loop
 
 
+@intrinsic
+def _peak_tiles(typingctx, count):
+    """Run `count` turns of a multiply-add into each of the matrix registers for sums."""
+
+    def code(context, builder, signature, arguments):
+        registers = amx.Registers(builder)
+
+        def step(index: Any, state: list[Any]) -> list[Any]:
+            for register in amx.SUMS:
+                registers.multiply_add(register, amx.ROWS[register // 2], amx.WEIGHTS[register % 2])
+            return state
+
+        registers.emit.loop(arguments[0], [], step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+def _run_tiles(count: int) -> None:
+    amx.configure(AMX_ROWS)
+    _peak_tiles(count)
+    amx.release()
+
+
 def peaks() -> dict[str, float]:
     """Of one core: GFLOP/s in float32, GOP/s in int8 where the rung has a dot product, GB/s of a copy."""
     found, turns = {}, 400_000
@@ -77,6 +102,11 @@ def peaks() -> dict[str, float]:
         run = njit(lambda count, loop=intrinsic_: loop(count))
         run(10)
         found[name] = turns * SUMS * operations / _seconds(lambda run=run: run(turns)) / 1e9
+    if chosen().amx:
+        tiles = njit(_run_tiles)
+        tiles(10)
+        operations = 2 * AMX_ROWS * LANES * AMX_DEPTH * len(amx.SUMS)
+        found["int8"] = turns * operations / _seconds(lambda: tiles(turns)) / 1e9
     source = np.ones(2**26, np.float32)
     target = np.empty_like(source)
     found["copy"] = 2 * source.nbytes / _seconds(lambda: np.copyto(target, source)) / 1e9
@@ -100,10 +130,10 @@ def product(N: int, K: int, M: int, int8: bool) -> float:
     x = draw.standard_normal((N, K), np.float32)
     weight, bias = draw.standard_normal((M, K), np.float32), np.zeros(M, np.float32)
     packed = packing.pack_int8(*quantize_rows(weight), bias, rung) if int8 else packing.pack(weight, bias, rung)
-    out = compiled.aligned(4 * N * packed.start.size)
-    integers, factors = compiled.aligned(N * compiled.padded(K) * rung.item_bytes), np.empty(N, np.float32)
+    out = packing.aligned(4 * N * packed.start.size)
+    integers, factors = packing.aligned(N * rung.items(K) * rung.item_bytes), np.empty(N, np.float32)
     rows = np.array(
-        [(x.ctypes.data, 4 * K, integers.ctypes.data, compiled.padded(K) * rung.item_bytes, factors.ctypes.data)],
+        [(x.ctypes.data, 4 * K, integers.ctypes.data, rung.items(K) * rung.item_bytes, factors.ctypes.data)],
         blocks.ROWS,
     )
     matrix = np.array([packed.record()], blocks.MATRIX)
@@ -126,7 +156,7 @@ def row_operation(name: str, count: int = 3072, rows: int = 64) -> float:
     if name == "gelu":
         task = lambda: _repeat(1, blocks.RUN_ACTIVATE, x.ctypes.data, x.size, blocks.GELU)  # noqa: E731
     elif name == "quantize":
-        integers, factors = compiled.aligned(rows * count * chosen().item_bytes), np.empty(rows, np.float32)
+        integers, factors = packing.aligned(rows * count * chosen().item_bytes), np.empty(rows, np.float32)
         places = (x.ctypes.data, 4 * count, integers.ctypes.data, count * chosen().item_bytes, factors.ctypes.data)
         record = np.array([places], blocks.ROWS)
         task = lambda: _repeat(1, blocks.RUN_QUANTIZE, record.ctypes.data, rows, count)  # noqa: E731

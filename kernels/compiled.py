@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from . import blocks, bundled, packing
 from .isa import LANES, Rung, chosen
+from .packing import aligned
 
 Float32 = NDArray[np.float32]
 
 CACHE_VARIABLE = "MINILPT_CACHE_DIR"
 PARTS = ("float", "integer")  # "integer": of integer-only models, which the others never need
 ENTRY = "minilpt_kernels"  # an object file's one function
-ALIGNMENT = 64  # bytes of a cache line and of the widest vector
 # Numba's convention: (result, exception, arguments...) -> status. Ours has no result and raises nothing.
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
@@ -189,13 +189,6 @@ def _write_whole(path: Path, code: bytes) -> None:
             raise
 
 
-def aligned(size: int) -> NDArray[np.uint8]:
-    """`size` bytes of memory, not initialised, from a multiple of ALIGNMENT on."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
-
-
 def padded(count: int, step: int = LANES) -> int:
     """The next multiple of step."""
     return -(-count // step) * step
@@ -215,10 +208,9 @@ def _product(x: Float32, packed: packing.Packed) -> Float32:
     N, K = x.shape
     rung, wide = chosen(), packed.start.size
     x, out = np.ascontiguousarray(x), np.empty((N, wide), np.float32)
-    integers, factors = aligned(N * padded(K) * rung.item_bytes), np.empty(N, np.float32)
-    rows = np.array(
-        [(x.ctypes.data, 4 * K, integers.ctypes.data, padded(K) * rung.item_bytes, factors.ctypes.data)], blocks.ROWS
-    )
+    integers, factors = aligned(N * rung.items(K) * rung.item_bytes), np.empty(N, np.float32)
+    places = (x.ctypes.data, 4 * K, integers.ctypes.data, rung.items(K) * rung.item_bytes, factors.ctypes.data)
+    rows = np.array([places], blocks.ROWS)
     matrix = np.array([packed.record()], blocks.MATRIX)
     if matrix["is_int8"][0]:
         run(blocks.RUN_QUANTIZE, rows.ctypes.data, N, K)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, packing
-from .compiled import aligned, padded, run
+from .compiled import padded, run
 from .integer import GELU_LOW_BITS, Dyadic, Exp, Gelu, Int, Norm, gelu_bound, reciprocal
 from .isa import LANES, chosen
 
@@ -25,7 +25,7 @@ def item_type() -> np.dtype[Any]:
 def to_items(values: Int, columns: int | None = None) -> Items:
     """(N, K) values of 8 bits as items, with zeros up to `columns`, or to whole vectors."""
     N, K = values.shape
-    items: Items = np.full((N, columns or padded(K)), chosen().item_zero, item_type())
+    items: Items = np.full((N, columns or chosen().items(K)), chosen().item_zero, item_type())
     items[:, :K] = values + chosen().item_zero
     return items
 
@@ -124,7 +124,7 @@ def linear(x: Int, weight: NDArray[np.int8], bias: NDArray[np.int32]) -> Int:
     N, M, rung = len(x), len(weight), chosen()
     packed = packing.pack_integer(weight, bias, rung)
     items, wide = to_items(x), packed.start.size
-    out, room = np.empty((N, wide), np.int32), aligned(rung.tile_bytes)
+    out, room = np.empty((N, wide), np.int32), packing.aligned(rung.sums_bytes)
     matrix, ending = np.array([packed.record()], blocks.MATRIX), np.zeros(1, blocks.ENDING)
     places = (items.ctypes.data, items.strides[0], N, matrix.ctypes.data, out.ctypes.data, 4 * wide)
     run(blocks.RUN_INTEGER_SUMS, *places, ending.ctypes.data, room.ctypes.data)

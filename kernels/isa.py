@@ -7,8 +7,10 @@ machine, so what one machine has compiled serves every machine of the rung. At i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from . import bundled
 
 VARIABLE = "MINILPT_ISA"
 LANES = 16  # float32 columns of one vector; LLVM splits it where registers are narrower
+AMX_ROWS, AMX_DEPTH = 16, 64  # of one matrix register: rows, and bytes of a row
 
 
 class Rung(NamedTuple):
@@ -24,6 +27,7 @@ class Rung(NamedTuple):
 
     int8: how int8 products are summed: "dot" (vpdpbusd, four at a time), or "pairs" (widened to int16, pmaddwd or
     whatever LLVM finds). needs: LLVM's names of the CPU features. cpu, features: what LLVM generates code for.
+    amx: int8 products of more than a few rows take matrix registers, whose operands look like those of "dot".
     """
 
     name: str
@@ -34,6 +38,7 @@ class Rung(NamedTuple):
     needs: tuple[str, ...]
     cpu: str
     features: str = ""
+    amx: bool = False
 
     @property
     def columns(self) -> int:
@@ -56,26 +61,40 @@ class Rung(NamedTuple):
         return 128 if self.int8 == "dot" else 0
 
     @property
-    def tile_bytes(self) -> int:
-        """Of one register tile's sums."""
-        return 4 * self.rows * self.columns
+    def depth(self) -> int:
+        """The inputs of an int8 product are padded to a multiple of this."""
+        return AMX_DEPTH if self.amx else self.group
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of the int32 sums that are made at once: one register tile's, or those of two rows of matrix registers."""
+        return 4 * (2 * AMX_ROWS if self.amx else self.rows) * self.columns
+
+    def items(self, count: int) -> int:
+        """Quantised activations of a row of `count`, with those behind the last that are written or read, too."""
+        step = max(LANES, self.depth)
+        return -(-count // step) * step
 
 
 _AVX2 = ("avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe")  # x86-64-v3, which Haswell began
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")  # x86-64-v4
+_AMX = ("amx-tile", "amx-int8")  # Sapphire Rapids and later
 # 32 registers of one vector: 6 x 4 accumulators, 4 weights, 1 broadcast. 16 of half a vector: 6 x 1, twice over. 16 of
 # a quarter: 2 x 1, four times over.
+_VNNI = (*_AVX512, "avx512vnni")
 LADDER = (
-    Rung("avx512vnni", 6, 4, True, "dot", (*_AVX512, "avx512vnni"), "x86-64-v4", "+avx512vnni"),
+    Rung("amx", 6, 4, True, "dot", (*_VNNI, *_AMX), "x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8", amx=True),
+    Rung("avx512vnni", 6, 4, True, "dot", _VNNI, "x86-64-v4", "+avx512vnni"),
     Rung("avx512", 6, 4, True, "pairs", _AVX512, "x86-64-v4"),
     Rung("avx2", 6, 1, True, "pairs", _AVX2, "x86-64-v3"),
     Rung("portable", 2, 1, False, "pairs", (), "generic"),
 )
 
 
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_TILEDATA = 158, 0x1023, 18  # Linux on x86-64: its x86/xstate.rst
 CPUINFO = Path("/proc/cpuinfo")
 # Linux's names of CPU features, where LLVM has others. Both are there only if the system saves their registers, too.
-_LINUX = {"abm": "lzcnt", "bmi1": "bmi", "avx512_vnni": "avx512vnni"}
+_LINUX = {"abm": "lzcnt", "bmi1": "bmi", "avx512_vnni": "avx512vnni", "amx_tile": "amx-tile", "amx_int8": "amx-int8"}
 
 
 @cache
@@ -89,10 +108,18 @@ def features() -> frozenset[str]:
     return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
 
 
+def _granted(rung: Rung) -> bool:
+    """Whether the system lets this process use the rung's registers. Linux wants to be asked for the 8 KB of AMX's."""
+    if not rung.amx:
+        return True
+    ask = ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_TILEDATA
+    return sys.platform == "linux" and ctypes.CDLL(None).syscall(*ask) == 0
+
+
 @cache
 def usable() -> tuple[Rung, ...]:
     """The rungs that this machine can execute, highest first."""
-    return tuple(rung for rung in LADDER if set(rung.needs) <= features())
+    return tuple(rung for rung in LADDER if set(rung.needs) <= features() and _granted(rung))
 
 
 _compiling_for: list[Rung] = []

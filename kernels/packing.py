@@ -11,15 +11,23 @@ from . import blocks
 from .isa import Rung
 
 Float32 = NDArray[np.float32]
+ALIGNMENT = 64  # bytes of a cache line and of the widest vector
 LIMIT = 127  # int8 activations and weights lie in [-127, 127]
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """`size` bytes of memory, not initialised, from a multiple of ALIGNMENT on."""
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
 
 
 class Packed(NamedTuple):
     """A linear layer for one rung, its M outputs padded with zeros to P panels of `rung.columns`.
 
-    panels: (P, K, columns) float32, or (P, G, columns, group) int8 with K padded to G groups. start: (P * columns,)
-    what each sum starts with: the bias (float32), or int32 that takes out the +128 of unsigned activations. scale,
-    bias: (P * columns,) float32; ones for float32 weights. inputs, outputs: K, M.
+    panels: (P, K, columns) float32, or (P, G, columns, group) int8 with K padded to G groups, as `rung.depth` says.
+    start: (P * columns,) what each sum starts with: the bias (float32), or int32 that takes out the +128 of unsigned
+    activations. scale, bias: (P * columns,) float32; ones for float32 weights. inputs, outputs: K, M.
     """
 
     panels: NDArray[Any]
@@ -44,7 +52,7 @@ def pack(weight: Float32, bias: Float32, rung: Rung) -> Packed:
     P = -(-M // rung.columns)
     padded, start = np.zeros((P * rung.columns, K), np.float32), np.zeros(P * rung.columns, np.float32)
     padded[:M], start[:M] = weight, bias
-    panels = np.ascontiguousarray(padded.reshape(P, rung.columns, K).transpose(0, 2, 1))
+    panels = _aligned(padded.reshape(P, rung.columns, K).transpose(0, 2, 1))
     return Packed(panels, start, np.ones_like(start), start, K, M)
 
 
@@ -74,11 +82,18 @@ def pack_integer(weight: NDArray[np.int8], bias: NDArray[np.int32], rung: Rung) 
 def _int8_panels(weight: NDArray[np.int8], rung: Rung) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
     """The panels, and what takes the +128 of unsigned activations out of their sums."""
     M, K = weight.shape
-    P, G = -(-M // rung.columns), -(-K // rung.group)
+    P, G = -(-M // rung.columns), -(-K // rung.depth) * rung.depth // rung.group
     padded = np.zeros((P * rung.columns, G * rung.group), np.int8)
     padded[:M, :K] = weight
     panels = padded.reshape(P, rung.columns, G, rung.group).transpose(0, 2, 1, 3)
     start = np.zeros(P * rung.columns, np.int32)
     if rung.int8 == "dot":
         start -= 128 * padded.sum(axis=1, dtype=np.int32)
-    return np.ascontiguousarray(panels), start
+    return _aligned(panels), start
+
+
+def _aligned(panels: NDArray[Any]) -> NDArray[Any]:
+    """A copy whose every vector is one cache line."""
+    out = aligned(panels.nbytes).view(panels.dtype).reshape(panels.shape)
+    out[...] = panels
+    return out

@@ -28,7 +28,7 @@ from .kernels.shared_object import link
 from .loading import load
 from .weights.resolve import Source
 
-RUNGS = ("avx512vnni", "avx2")  # servers since 2019, and since 2013
+RUNGS = ("amx", "avx512vnni", "avx2")  # servers since 2023, since 2019, and since 2013
 CARRIED = ("numpy", "safetensors", "tokenizers", "tqdm")
 # Of packages: what tests them, builds on them in C or Fortran, checks types, or tells how they were installed. Licences
 # stay.

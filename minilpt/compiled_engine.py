@@ -22,7 +22,7 @@ from .backends import Backend
 from .config import ModelConfig
 from .engine import Forward, LastRows, Prefix, Traced, outcome
 from .footprint import Held, Load, Needs
-from .kernels import blocks, compiled
+from .kernels import blocks, compiled, packing
 from .pruning import KeepRule
 from .ragged import TokenBatch
 from .threads import Threads
@@ -336,19 +336,19 @@ class Memory:
     def take(self, size: int) -> int:
         """The address of `size` bytes."""
         place = self._base + self.used
-        self.used += compiled.padded(size, compiled.ALIGNMENT)
+        self.used += compiled.padded(size, packing.ALIGNMENT)
         return place
 
     def each(self, name: str, size: int, count: int) -> dict[str, int]:
         """`count` places of `size` bytes: the first one's address, and how far apart they are."""
-        size = compiled.padded(size, compiled.ALIGNMENT)
+        size = compiled.padded(size, packing.ALIGNMENT)
         return {name: self.take(size * count), f"{name}_bytes": size}
 
     def common(self) -> dict[str, int]:
         """What every batch needs; the zeros and the barrier come first, see `_Workspace.record`."""
         return {
             "zeros": self.take(ZEROS_BYTES),
-            "barrier": self.take(2 * compiled.ALIGNMENT),
+            "barrier": self.take(2 * packing.ALIGNMENT),
             "yield_core": compiled.yield_address(),
             "chunk": blocks.CHUNK,
         }
@@ -358,7 +358,7 @@ class _Workspace:
     """Scratch memory that grows to the largest work item so far and is used again."""
 
     def __init__(self) -> None:
-        self._memory = compiled.aligned(0)
+        self._memory = packing.aligned(0)
         self._shape: Shape | None = None  # that self._work is laid out for
         self._work = np.zeros(0, blocks.WORK)
 
@@ -375,8 +375,8 @@ class _Workspace:
             memory = Memory(self._memory.ctypes.data)
             self._work = program.work(memory, shape)
             if memory.used <= len(self._memory):
-                self._memory[: ZEROS_BYTES + 2 * compiled.ALIGNMENT] = 0
+                self._memory[: ZEROS_BYTES + 2 * packing.ALIGNMENT] = 0
                 self._shape = shape
             else:
-                self._memory = compiled.aligned(memory.used)
+                self._memory = packing.aligned(memory.used)
         return self._work

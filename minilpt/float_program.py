@@ -160,7 +160,8 @@ class FloatProgram:
     def work(self, memory: Memory, shape: Shape) -> NDArray[np.void]:
         """One `blocks.WORK` for a batch of this shape."""
         sizes, take = self.record[0], memory.take
-        columns, heads, head_width = isa.chosen().columns, int(sizes["heads"]), int(sizes["head_width"])
+        rung, heads, head_width = isa.chosen(), int(sizes["heads"]), int(sizes["head_width"])
+        columns = rung.columns
         width, wide = int(sizes["width"]), compiled.padded(heads * head_width, columns)
         chunk = max(blocks.CHUNK, shape.longest)
         rows = max(chunk, shape.sequences)
@@ -168,7 +169,7 @@ class FloatProgram:
         widest = compiled.padded(max(width, wide, int(sizes["labels"])), columns)
 
         def take_rows(count: int, width: int) -> tuple[int, ...]:
-            floats, integers = 4 * compiled.padded(width, columns), isa.chosen().item_bytes * compiled.padded(width)
+            floats, integers = 4 * compiled.padded(width, columns), rung.item_bytes * rung.items(width)
             return (take(count * floats), floats, take(count * integers), integers, take(4 * count))
 
         values: dict[str, Any] = {

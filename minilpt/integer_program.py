@@ -240,5 +240,5 @@ class IntegerProgram:
         block = blocks.QUERIES * (
             4 * compiled.padded(n, columns) + probs + 4 * compiled.padded(self._head_width, columns)
         )
-        attention = keys + values + block + 4 * compiled.ALIGNMENT
-        return books + max(attention, 8 * self._config.width, isa.chosen().tile_bytes)
+        attention = keys + values + block + 4 * packing.ALIGNMENT
+        return books + max(attention, 8 * self._config.width, isa.chosen().sums_bytes)

@@ -219,7 +219,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         ([resolve.DEFAULT, "--out", tmp_path], "is there already"),
         (
             [resolve.DEFAULT, "--out", tmp_path / "x", "--isa", "avx2,avx1024"],
-            "some of avx512vnni, avx512, avx2, portable",
+            "some of amx, avx512vnni, avx512, avx2, portable",
         ),
         (["nowhere", "--out", tmp_path / "x"], "neither a folder nor a bundled model"),
     ):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_the_highest_usable_rung_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     isa.chosen.cache_clear()
     assert isa.chosen() == isa.usable()[0]
     isa.chosen.cache_clear()
+
+
+@pytest.mark.parametrize("platform, answer, there", [("linux", 0, True), ("linux", -1, False), ("win32", 0, False)])
+def test_matrix_registers_are_used_where_the_system_grants_them(
+    platform: str, answer: int, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As no virtual machine may that its host gives no room to save them; Linux says so with an error."""
+    names = frozenset(name for rung in isa.LADDER for name in rung.needs)
+    system = SimpleNamespace(syscall=lambda *number: answer)
+    monkeypatch.setattr(isa, "features", lambda: names)
+    monkeypatch.setattr(isa, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(isa, "ctypes", SimpleNamespace(CDLL=lambda name: system))
+    isa.usable.cache_clear()
+    found = [rung.name for rung in isa.usable()]
+    isa.usable.cache_clear()
+    assert found == [rung.name for rung in isa.LADDER if there or not rung.amx]
 
 
 def test_a_rung_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

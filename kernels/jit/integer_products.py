@@ -6,7 +6,7 @@ import numpy as np
 
 from ..blocks import ROWS_OF_BLOCK, SUMS
 from ..isa import chosen
-from . import tiles
+from . import amx, tiles
 from .integer_lines import ITEM, ITEM_BYTES, ITEM_ZERO, end_line
 from .memory import compiled, view
 
@@ -17,11 +17,7 @@ SIGN = np.uint32(0x80808080 if ITEM_ZERO else 0)
 
 
 @compiled
-def integer_product(x, stride, count, matrix, begin, end, out, out_stride, ending, room):
-    """What `ending` makes of x W^T + b, panels begin to end of the matrix, `count` rows of items from x on.
-
-    Panel p's columns begin at out + p * COLUMNS of int32 (SUMS) or items. room: one tile's sums, of this thread's own.
-    """
+def _vector_product(x, stride, count, matrix, begin, end, out, out_stride, ending, room):
     sums, panel_bytes = ending.kind == SUMS, matrix.depth * GROUP * COLUMNS
     item_bytes = 4 if sums else ITEM_BYTES
     for r in range(0, count, ROWS_OF_BLOCK):
@@ -38,6 +34,43 @@ def integer_product(x, stride, count, matrix, begin, end, out, out_stride, endin
                 if not sums:
                     for row in range(high):
                         end_line(room + row * 4 * COLUMNS, COLUMNS, p * COLUMNS, ending, here + row * out_stride)
+
+
+@compiled
+def _amx_product(x, stride, count, matrix, begin, end, out, out_stride, ending, room):
+    sums, panel_bytes = ending.kind == SUMS, matrix.depth * GROUP * COLUMNS
+    item_bytes = 4 if sums else ITEM_BYTES
+    for r in range(0, count, ROWS_OF_BLOCK):
+        rows, source, target = min(ROWS_OF_BLOCK, count - r), x + r * stride, out + r * out_stride
+        if rows < amx.FEW:
+            _vector_product(source, stride, rows, matrix, begin, end, target, out_stride, ending, room)
+            continue
+        height = amx.tall(rows)
+        amx.configure(height)
+        for p in range(begin, end):
+            panel, start = matrix.panels + p * panel_bytes, matrix.start + 4 * p * COLUMNS
+            for turn in range(amx.turns(rows, height)):
+                top, more = amx.tiles_of(turn, rows, height)
+                here = target + top * out_stride + p * COLUMNS * item_bytes
+                place, place_stride = (here, out_stride) if sums else (room, 4 * COLUMNS)
+                a = source + top * stride
+                amx.panel_sums(a, stride, more, panel, start, matrix.depth, place, place_stride, turn)
+                if not sums:
+                    for line in range(more + height):
+                        end_line(room + line * 4 * COLUMNS, COLUMNS, p * COLUMNS, ending, here + line * out_stride)
+        amx.release()
+
+
+_product = _amx_product if RUNG.amx else _vector_product
+
+
+@compiled
+def integer_product(x, stride, count, matrix, begin, end, out, out_stride, ending, room):
+    """What `ending` makes of x W^T + b, panels begin to end of the matrix, `count` rows of items from x on.
+
+    Panel p's columns begin at out + p * COLUMNS of int32 (SUMS) or items. room: `Rung.sums_bytes` of this thread's own.
+    """
+    _product(x, stride, count, matrix, begin, end, out, out_stride, ending, room)
 
 
 @compiled

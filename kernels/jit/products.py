@@ -6,8 +6,8 @@ import numpy as np
 
 from ..blocks import GELU, GELU_TANH, NONE, RELU, ROWS_OF_BLOCK, TANH
 from ..isa import LANES, chosen
-from . import lines, tiles
-from .memory import compiled, view
+from . import amx, lines, tiles
+from .memory import compiled, copy, view
 
 RUNG = chosen()
 TALL, COLUMNS, GROUP = RUNG.rows, RUNG.columns, RUNG.group
@@ -91,7 +91,7 @@ def _float_product(x, first, count, matrix, begin, end, out, out_stride, activat
 
 
 @compiled
-def _int8_product(x, first, count, matrix, begin, end, out, out_stride, activation):
+def _vector_product(x, first, count, matrix, begin, end, out, out_stride, activation):
     for r in range(0, count, ROWS_OF_BLOCK):
         rows = min(ROWS_OF_BLOCK, count - r)
         height = (rows + TALL - 1) // TALL  # in tiles; each fetches its part of the panel that comes next
@@ -118,6 +118,37 @@ def _int8_product(x, first, count, matrix, begin, end, out, out_stride, activati
                     GROUP * COLUMNS // height,
                 )
                 activate_rows(here, out_stride, high, COLUMNS, activation)
+
+
+@compiled
+def _amx_product(x, first, count, matrix, begin, end, out, out_stride, activation):
+    """The same through matrix registers."""
+    panel_bytes, stride, room = matrix.depth * GROUP * COLUMNS, x.integer_stride, amx.room()
+    for r in range(0, count, ROWS_OF_BLOCK):
+        rows, at, target = min(ROWS_OF_BLOCK, count - r), first + r, out + r * out_stride
+        if rows < amx.FEW:
+            _vector_product(x, at, rows, matrix, begin, end, target, out_stride, activation)
+            continue
+        height = amx.tall(rows)
+        amx.configure(height)
+        for p in range(begin, end):
+            panel, column = matrix.panels + p * panel_bytes, 4 * p * COLUMNS
+            for turn in range(amx.turns(rows, height)):
+                top, more = amx.tiles_of(turn, rows, height)
+                a, here = x.integers + (at + top) * stride, target + top * out_stride + column
+                amx.panel_sums(a, stride, more, panel, matrix.start + column, matrix.depth, room, 4 * COLUMNS, turn)
+                factors, scale, bias = x.factors + 4 * (at + top), matrix.scale + column, matrix.bias + column
+                if activation == NONE:
+                    tiles.scale_rows(room, more + height, factors, scale, bias, here, out_stride)
+                else:
+                    tiles.scale_rows(room, more + height, factors, scale, bias, room, 4 * COLUMNS)
+                    activate(room, (more + height) * COLUMNS, activation)
+                    for line in range(more + height):
+                        copy(here + line * out_stride, room + line * 4 * COLUMNS, 4 * COLUMNS)
+        amx.release()
+
+
+_int8_product = _amx_product if RUNG.amx else _vector_product
 
 
 @compiled

@@ -107,14 +107,43 @@ def int8_tile(typingctx, a, a_stride, rows, b, start, groups, factors, scale, bi
             for v in range(vectors):
                 columns, offsets = (emit.load(place, VECTOR, VECTOR_BYTES * v) for place in (scale, bias))
                 for row in range(height):
-                    both = builder.fmul(columns, emit.splat(emit.load(factors, F32, 4 * row)))
-                    value = emit.fma(builder.sitofp(sums[row * vectors + v], VECTOR), both, offsets)
+                    factor = emit.splat(emit.load(factors, F32, 4 * row))
+                    value = _scaled(emit, sums[row * vectors + v], factor, columns, offsets)
                     emit.store(value, c_rows[row], VECTOR_BYTES * v)
 
         _by_height(builder, rows, of)
         return context.get_dummy_value()
 
     return _signature(a, a_stride, rows, b, start, groups, factors, scale, bias, c, c_stride, ahead, ahead_stride), code
+
+
+@intrinsic
+def scale_rows(typingctx, sums, rows, factors, scale, bias, c, c_stride):
+    """What `int8_tile` makes of one panel's sums, (rows, columns) int32: c[r] = sums[r] * factors[r] * scale + bias."""
+
+    def code(context, builder, signature, arguments):
+        sums, rows, factors, scale, bias, c, c_stride = arguments
+        emit, vectors = Emitter(builder), range(chosen().vectors)
+        columns, offsets = ([emit.load(place, VECTOR, VECTOR_BYTES * v) for v in vectors] for place in (scale, bias))
+
+        def step(row: Value, state: list[Value]) -> list[Value]:
+            line = builder.add(sums, builder.mul(row, ir.Constant(I64, VECTOR_BYTES * len(vectors))))
+            here = builder.add(c, builder.mul(row, c_stride))
+            factor = emit.splat(emit.load(factors, F32, builder.mul(row, ir.Constant(I64, 4))))
+            for v in vectors:
+                found = emit.load(line, INTEGERS, VECTOR_BYTES * v)
+                emit.store(_scaled(emit, found, factor, columns[v], offsets[v]), here, VECTOR_BYTES * v)
+            return state
+
+        emit.loop(rows, [], step)
+        return context.get_dummy_value()
+
+    return _signature(sums, rows, factors, scale, bias, c, c_stride), code
+
+
+def _scaled(emit: Emitter, sums: Value, factor: Value, columns: Value, offsets: Value) -> Value:
+    """sums * (columns * factor) + offsets, float32."""
+    return emit.fma(emit.builder.sitofp(sums, VECTOR), emit.builder.fmul(columns, factor), offsets)
 
 
 def sum_tile(vectors: int) -> Any:

@@ -24,9 +24,9 @@ PARTS = {
 
 
 class Metrics:
-    """Counters and histograms of one server. waiting: gives the items in the queue."""
+    """Counters and histograms of one server. waiting: gives the items in the queue; layers: the model's."""
 
-    def __init__(self, waiting: Callable[[], int]):
+    def __init__(self, waiting: Callable[[], int], layers: int):
         self._registry = registry = prometheus.CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> prometheus.Counter:
@@ -49,8 +49,10 @@ class Metrics:
         }
         self.batch_items = histogram("te_batch_next_size", "Texts in a batch", SIZES)
         self.batch_tokens = histogram("te_batch_next_tokens", "Tokens in a batch", SIZES)
-        self.kept_tokens = counter("minilpt_kept_tokens", "Tokens that a layer's feed-forward computed", "layer")
-        self.flops = counter("minilpt_flops", "Of matrix products, executed and as the dense model has them", "kind")
+        kept_tokens = counter("minilpt_kept_tokens", "Tokens that a layer's feed-forward computed", "layer")
+        flops = counter("minilpt_flops", "Of matrix products, executed and as the dense model has them", "kind")
+        self._kept_tokens = [kept_tokens.labels(str(layer)) for layer in range(layers)]
+        self._executed, self._dense = flops.labels("executed"), flops.labels("dense")
         prometheus.Gauge("te_queue_size", "Texts in the queue", registry=registry).set_function(waiting)
 
     def on_batch(self, items: int, tokens: int) -> None:
@@ -65,9 +67,9 @@ class Metrics:
                 self._durations[who, part].observe(seconds)
         for result in computed.results:
             for layer, kept in enumerate(result.kept_tokens):
-                self.kept_tokens.labels(str(layer)).inc(kept)
-            self.flops.labels("executed").inc(result.executed_flops)
-            self.flops.labels("dense").inc(result.dense_flops)
+                self._kept_tokens[layer].inc(kept)
+            self._executed.inc(result.executed_flops)
+            self._dense.inc(result.dense_flops)
 
     def render(self) -> bytes:
         """Prometheus' text format.

@@ -37,7 +37,7 @@ class Service:
         self._workers = model.backend.threads
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="minilpt-tokenizer")
         self._taken = self._answered = 0
-        self.metrics = Metrics(lambda: self.batcher.waiting)
+        self.metrics = Metrics(lambda: self.batcher.waiting, model.config.layers)
         self.batcher: Batcher[Tokens | Text, Result] = Batcher(
             lambda items: run(model, items),
             batch_tokens=options.max_batch_tokens,
@@ -218,8 +218,9 @@ class Service:
         return exp / exp.sum(axis=1, keepdims=True)
 
     def _ranked(self, scores: Float32) -> list[dict[str, Any]]:
-        labels = self.model.config.labels
-        return [{"score": float(scores[at]), "label": labels[at]} for at in np.argsort(-scores, kind="stable").tolist()]
+        values = scores.tolist()
+        best = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # NumPy's lets other threads go first
+        return [{"score": values[at], "label": self.model.config.labels[at]} for at in best]
 
     def _tokens(self, text: str, special: bool) -> list[dict[str, Any]]:
         def shown(number: int, token: str, part: int | None, start: int, end: int) -> dict[str, Any]:
