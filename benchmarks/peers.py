@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         results = files.read_json(options.report)
         report.write(results, options.report)
-        print(report.summary(results), report.latency_summary(results), sep="\n\n")
+        print(*filter(None, (report.summary(results), report.latency_summary(results))), sep="\n\n")
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)

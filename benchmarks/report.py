@@ -83,7 +83,7 @@ def throughput_table(case: Mapping[str, Any], wanted: Callable[[str], float | No
                 f"{medians[name]:.1f}",
                 _shown(ratio(rounds, name)) if name in OURS else "",
                 "" if aim is None else f"{aim:g}",
-                f"{case['peak_mb'][name]:.0f}" if name in case["peak_mb"] else "-",
+                f"{case['peak_mb'][name]:.0f}" if name in case.get("peak_mb", ()) else "-",
                 f"{case['verified'][name]['max_difference']:.1e}" if name in case["verified"] else "-",
             ]
         )
@@ -149,8 +149,8 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def latency_summary(results: Mapping[str, Any]) -> str:
-    """p50 of one sequence alone in int8, as a share of the fastest int8 peer's."""
-    rows = []
+    """p50 of one sequence alone in int8, as a share of the fastest int8 peer's; empty where none was measured."""
+    rows: list[list[str]] = []
     for found in results.get("shapes", {}).values():
         if "latency" not in found:
             continue
@@ -164,7 +164,7 @@ def latency_summary(results: Mapping[str, Any]) -> str:
             ]
             cells = ["-" if share is None else f"{1 / share[0]:.2f}" for share in shares]
             rows.append([f"{found['title']}, {ENGINES[name].label}", *cells])
-    return table(rows)
+    return table(rows) if rows else ""
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:

@@ -226,11 +226,13 @@ def _quantile_thresholds(
     n_initial, thresholds = sum(len(ids) for ids in sample), [0.0] * model.layers
     for layer, fraction in enumerate(fractions):
         live = sum(len(x) for x in states)
-        pinned, keep = len(states), round(fraction * n_initial)
+        pinned = len(states)
+        keep = max(pinned, round(fraction * n_initial))
         if keep < live:
             masses = np.sort(np.concatenate([_mass(weights, model, layer, x)[1:] for x in states]))[::-1]
-            place = max(0, min(keep - pinned, len(masses) - 1))  # this many of the masses are to stay
-            thresholds[layer] = float(masses[max(0, place - 1) : place + 1].mean())
+            place = keep - pinned  # this many of the masses are to stay
+            least, most = masses[place], masses[place - 1] if place else 2 * masses[0]
+            thresholds[layer] = float((least + most) / 2)  # between two, so that rounding does not decide
         rule = pruning.Threshold(tuple(thresholds), 1)
         states = [reference.encoder_layer(weights, model, rule, layer, x, n_initial=len(x))[0] for x in states]
     return thresholds
