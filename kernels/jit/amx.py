@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.extending import intrinsic
 
 from ..isa import AMX_DEPTH, AMX_ROWS
@@ -33,15 +33,20 @@ def tall(rows):
     return (rows + tiles - 1) // tiles
 
 
+def _stack(builder: ir.IRBuilder, size: int) -> Value:
+    """The address of `size` bytes of the function's own memory, on a cache line; not initialised, unlike Numba's."""
+    with builder.goto_entry_block():
+        place = builder.alloca(ir.ArrayType(I8, size))
+    place.align = CACHE_LINE
+    return builder.ptrtoint(place, I64)
+
+
 @intrinsic
 def room(typingctx):
     """The address of the calling function's own memory for the sums of two tiles with one panel."""
 
     def code(context, builder, signature, arguments):
-        size = 2 * AMX_ROWS * LINE
-        place = cgutils.alloca_once(builder, ir.ArrayType(ir.ArrayType(I8, CACHE_LINE), size // CACHE_LINE))
-        place.align = CACHE_LINE
-        return builder.ptrtoint(place, I64)
+        return _stack(builder, 2 * AMX_ROWS * LINE)
 
     return types.int64(), code
 
@@ -52,7 +57,7 @@ def configure(typingctx, height):
 
     def code(context, builder, signature, arguments):
         height = builder.trunc(arguments[0], I8)
-        block = builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, CONFIGURATION // 8)), I64)
+        block = _stack(builder, CONFIGURATION)
         emit = Emitter(builder)
         for place in range(0, CONFIGURATION, 8):
             emit.store(ir.Constant(I64, 0), block, place)
@@ -151,9 +156,9 @@ ONE, TWO = _block(1), _block(2)
 
 
 @compiled
-def turns(rows, height):
+def turns(rows):
     """How often two tiles are taken, or the one that is left, until all rows are done."""
-    return (rows + 2 * height - 1) // (2 * height)
+    return (rows + 2 * AMX_ROWS - 1) // (2 * AMX_ROWS)
 
 
 @compiled

@@ -49,7 +49,7 @@ def _amx_product(x, stride, count, matrix, begin, end, out, out_stride, ending, 
         amx.configure(height)
         for p in range(begin, end):
             panel, start = matrix.panels + p * panel_bytes, matrix.start + 4 * p * COLUMNS
-            for turn in range(amx.turns(rows, height)):
+            for turn in range(amx.turns(rows)):
                 top, more = amx.tiles_of(turn, rows, height)
                 here = target + top * out_stride + p * COLUMNS * item_bytes
                 place, place_stride = (here, out_stride) if sums else (room, 4 * COLUMNS)

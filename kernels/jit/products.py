@@ -133,7 +133,7 @@ def _amx_product(x, first, count, matrix, begin, end, out, out_stride, activatio
         amx.configure(height)
         for p in range(begin, end):
             panel, column = matrix.panels + p * panel_bytes, 4 * p * COLUMNS
-            for turn in range(amx.turns(rows, height)):
+            for turn in range(amx.turns(rows)):
                 top, more = amx.tiles_of(turn, rows, height)
                 a, here = x.integers + (at + top) * stride, target + top * out_stride + column
                 amx.panel_sums(a, stride, more, panel, matrix.start + column, matrix.depth, room, 4 * COLUMNS, turn)
